@@ -1,0 +1,81 @@
+"""What a session asks of an interpreter of `DecoderSpec`: torch now, MLX beside it.
+
+Arrays that cross this border are numpy. Letters: N lanes in a call, T tokens of each, L routers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.kernels.spec import RouterPolicy, RouterSpec
+from moescope.trace.frames import RecordLevel
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepOutput:
+    """What one call computed for N lanes of T tokens each."""
+
+    logits: NDArray[np.float32]  # [N, T, V], or [N, 1, V] when only the last were asked for
+    expert_ids: NDArray[np.int16]  # [N, T, L, K]
+    score_sum: NDArray[np.float32]  # [N, T, L]; mass, entropy, margin alike
+    mass: NDArray[np.float32]
+    entropy: NDArray[np.float32]
+    margin: NDArray[np.float32]
+    runner_up: NDArray[np.int16]  # [N, T, L]
+    weights: NDArray[np.float32] | None  # [N, T, L, K]
+    scores: NDArray[np.float32] | None  # [N, T, L, K]
+    router_logits: NDArray[np.float32] | None  # [N, T, L, E]
+    invalid_router: int | None = None  # the first router that met logits that are not finite
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Router:
+    """One of the L routers in execution order, with the learned vectors its spec uses."""
+
+    layer: int
+    spec: RouterSpec  # dtypes resolved
+    tensors: dict[str, NDArray[Any]]  # correction_bias, per_expert_scale, hash_table
+    site: Literal["mlp", "attention"] = "mlp"
+
+
+class Interpreter(Protocol):
+    """A loaded model. Lanes share its weights; each has its own rows of operator state."""
+
+    routers: tuple[Router, ...]
+    vocab_size: int
+    device: str
+    dtype: str
+    kernels: dict[str, str]  # operator -> which implementation runs, for the status bar and the trace
+
+    def open(self, lanes: int, capacity: int) -> None:
+        """Allocate (or re-allocate, losing nothing) state for `lanes` lanes of `capacity` tokens."""
+
+    def set_policies(self, lane: int, policies: Sequence[RouterPolicy]) -> None:
+        """From the next call on, `lane` routes under these, one per router (K at most min(E, 32))."""
+
+    def run(
+        self,
+        lanes: Sequence[int],
+        token_ids: NDArray[np.int64],  # [N, T]
+        *,
+        all_logits: bool = False,
+        record: RecordLevel = "weights",
+    ) -> StepOutput:
+        """Feed T tokens to each lane after what it already holds. Lanes may differ in length."""
+
+    def length(self, lane: int) -> int:
+        """Tokens the lane holds."""
+
+    def truncate(self, lane: int, length: int) -> None:
+        """Forget everything from `length` on."""
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make `target` hold the first `length` tokens of `source`."""
+
+    def cache_bytes(self, lanes: int, capacity: int) -> int:
+        """Bytes of state `open` would allocate."""
