@@ -1,0 +1,205 @@
+"""Tiny random checkpoints of every supported family, made with transformers, with a tokenizer.
+
+`tiny_checkpoint` writes a folder as a hub repository would have it; layouts and config dialects can
+be chosen. Weights are scaled so that routers spread over several nats and every tensor matters.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FAMILIES = ("olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "mixtral")
+LAYOUTS = ("hub", "fused", "mlx")
+VOCAB = 264
+END, USER, ASSISTANT = 256, 257, 258
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "num_experts_per_tok": 3,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": END,
+    "tie_word_embeddings": False,
+}
+_FAMILY: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_experts": 8},
+    "flex_olmo": {"num_experts": 7},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56,
+    },
+    "qwen3_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 40,
+        "head_dim": 24,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|user|>' if m['role'] != 'assistant' else '<|assistant|>' }}"
+    "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
+    """A float32 transformers model in eval mode; `overrides` are config fields."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+    config = AutoConfig.for_model(family, **{**_COMMON, **_FAMILY[family], **overrides})
+    model = AutoModelForCausalLM.from_config(
+        config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    ).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("norm.weight") or "layernorm" in name:
+                tensor.copy_(1.0 + 0.25 * noise)
+            elif name.endswith(".bias"):
+                tensor.copy_(0.5 * noise)
+            elif "embed_tokens" in name:
+                tensor.copy_(noise)
+            else:
+                gain = 2.0 if name.endswith((".gate.weight", "lm_head.weight")) else 1.2
+                tensor.copy_(gain * noise / tensor.shape[-1] ** 0.5)
+    return model
+
+
+def tiny_checkpoint(
+    family: str,
+    tmp_path: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    layout: str = "hub",
+    dialect: str = "v5",
+    max_shard_size: str | None = None,
+    **overrides: Any,
+) -> Path:
+    """Write a checkpoint into `tmp_path / <family>...` and return that folder.
+
+    `layout` is one of `LAYOUTS`; `dialect` is `v5` (what transformers 5 saves) or `hub` (the older
+    names that published configs use). Equal arguments give equal bytes.
+    """
+    model = tiny_model(family, seed=seed, **overrides)
+    return save_checkpoint(
+        model,
+        tmp_path / f"{family}-{seed}-{layout}-{dialect}-{dtype}",
+        dtype=dtype,
+        layout=layout,
+        dialect=dialect,
+        max_shard_size=max_shard_size,
+    )
+
+
+def save_checkpoint(
+    model: Any,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    layout: str = "hub",
+    dialect: str = "v5",
+    max_shard_size: str | None = None,
+) -> Path:
+    """Write `model` with a tokenizer into `folder`; the model itself is left as it is."""
+    import copy
+
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = getattr(torch, dtype)
+    if wanted is not torch.float32:
+        model = copy.deepcopy(model).to(wanted)
+    if layout == "hub":
+        sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        model.save_pretrained(folder, **sizes)
+    else:
+        model.config.save_pretrained(folder)
+        tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+        if layout == "mlx":
+            tensors = _mlx_layout(tensors, model.config.model_type)
+        elif layout != "fused":
+            raise ValueError(layout)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if dialect == "hub":
+        _older_names(folder / "config.json")
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer: ids 0 to 255 are bytes, then an end, a user and an assistant token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = [_byte_letter(b) for b in range(256)]
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = ("<|endoftext|>", "<|user|>", "<|assistant|>")
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def _byte_letter(byte: int) -> str:
+    """The letter that byte-level BPE writes for a byte (printable ones for themselves)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    if byte in printable:
+        return chr(byte)
+    return chr(256 + sorted(set(range(256)) - set(printable)).index(byte))
+
+
+def _mlx_layout(tensors: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """`experts.gate_up_proj` [E, 2I, H] as mlx-lm keeps it: three stacked `switch_mlp` tensors."""
+    out: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if model_type == "mixtral":
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        if name.endswith("experts.gate_up_proj"):
+            base = name.removesuffix("experts.gate_up_proj") + "switch_mlp"
+            half = tensor.shape[1] // 2
+            out[f"{base}.gate_proj.weight"] = tensor[:, :half].contiguous()
+            out[f"{base}.up_proj.weight"] = tensor[:, half:].contiguous()
+        elif name.endswith("experts.down_proj"):
+            base = name.removesuffix("experts.down_proj") + "switch_mlp"
+            out[f"{base}.down_proj.weight"] = tensor
+        else:
+            out[name] = tensor
+    return out
+
+
+def _older_names(path: Path) -> None:
+    """Rewrite a config saved by transformers 5 with the names that published configs use."""
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters", None) or {}
+    config["rope_theta"] = rope.pop("rope_theta", 10000.0)
+    kind = rope.pop("rope_type", "default")
+    config["rope_scaling"] = {"type": kind, **rope} if kind != "default" else None
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    config.pop("layer_types", None)
+    if config["model_type"] != "mixtral" and "num_local_experts" in config:
+        config["num_experts"] = config.pop("num_local_experts")
+    path.write_text(json.dumps(config, indent=2))
