@@ -1,0 +1,52 @@
+# Two commands do all the set-up from a fresh clone: `make run` and `make test`.
+# PIP_ARGS reaches every `pip install`, e.g. to name an index with PyTorch's CPU build.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: run test check conformance bench gpu shots clean
+
+run: .venv/.run
+	@$(BIN)/moescope
+
+test: .venv/.test
+	$(PYTEST) -n 2
+
+check: .venv/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) -n 2
+
+# The whole matrix of families, configs and prompts; rewrites the committed results file.
+conformance: .venv/.test
+	$(PYTEST) -m conformance tests/oracle
+
+bench: .venv/.test
+	$(BIN)/python benchmarks/screen_start.py
+	$(BIN)/python benchmarks/screen_map.py
+	$(BIN)/python benchmarks/screen_redraw.py
+	$(BIN)/python benchmarks/screen_cost.py
+
+# On a machine with a CUDA device; uses the Python it finds, installs nothing.
+gpu:
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests
+
+shots: .venv/.test
+	$(BIN)/python screenshots/make.py
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.run: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e .
+	@touch $@
+
+.venv/.test: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[test]'
+	@touch $@ .venv/.run

@@ -1,0 +1,44 @@
+"""Open the screen on a model or a trace; without PATH, on the embedded demo model.
+
+PATH is a checkpoint folder, org/name from the local hub cache, or a .moetrace file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from moescope.commands import options
+
+SQLITE_MAGIC = b"SQLite format 3\0"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "moescope [PATH] [options]"
+    options.add_model(parser, optional=True)
+    parser.add_argument("-o", "--output", metavar="FILE", help="record here, not in a private file")
+    parser.add_argument("--record", default="logits", choices=("ids", "weights", "logits"))
+    parser.add_argument("--redact", action="store_true", help="record no token ids and no text")
+    parser.add_argument("--durable", action="store_true", help="sync every commit to the disk")
+
+
+def run(args: argparse.Namespace) -> int:
+    from moescope.ui.app import run as run_app
+
+    if args.model is not None and _is_trace(Path(args.model)):
+        return run_app(None, replay=Path(args.model))
+    request = options.request_of(
+        args, record=args.record, trace_path=args.output, redact=args.redact, durable=args.durable
+    )
+    return run_app(request, replay=None)
+
+
+def _is_trace(path: Path) -> bool:
+    """By content: a regular file that begins as SQLite files do."""
+    try:
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(SQLITE_MAGIC)) == SQLITE_MAGIC
+    except OSError:
+        return False

@@ -1,0 +1,181 @@
+"""Options that several verbs share, and how they become values."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from moescope.errors import ExitCode, MoescopeError
+
+
+def add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?" if optional else None,
+        help="a checkpoint folder, or org/name from the local hub cache",
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mlx"))
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    parser.add_argument(
+        "--max-context", type=positive, default=4096, metavar="N", help="tokens a lane can hold"
+    )
+
+
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt")
+    group.add_argument("--prompt", metavar="T", help="raw text; - reads standard input")
+    group.add_argument(
+        "--prompt-ids", metavar="IDS", help="token ids, e.g. 1,2,3; no tokenizer needed"
+    )
+    group.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    group.add_argument("--system", metavar="T", help="a system message (with --chat)")
+    group.add_argument(
+        "--messages", metavar="FILE", help='JSON: [{"role": "user", "content": "..."}, ...]'
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-new-tokens", type=positive, default=128, metavar="N")
+    group.add_argument("--temperature", type=ratio, default=0.0, metavar="T", help="0 is greedy")
+    group.add_argument("--top-k", type=natural, default=0, metavar="N", help="0: off")
+    group.add_argument("--top-p", type=share, default=1.0, metavar="P")
+    group.add_argument("--min-p", type=share, default=0.0, metavar="P")
+    group.add_argument("--seed", type=natural, default=0, metavar="S")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+
+
+def positive(text: str) -> int:
+    return _number(text, 1)
+
+
+def natural(text: str) -> int:
+    return _number(text, 0)
+
+
+def _number(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if not least <= value <= 2**53:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from {least}, found {text[:40]!r}"
+        )
+    return value
+
+
+def ratio(text: str) -> float:
+    return _real(text, 1e6)
+
+
+def share(text: str) -> float:
+    return _real(text, 1.0)
+
+
+def _real(text: str, most: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= most:
+        raise argparse.ArgumentTypeError(
+            f"expected a number from 0 to {most:g}, found {text[:40]!r}"
+        )
+    return value
+
+
+def sampling_of(args: argparse.Namespace) -> Any:
+    from moescope.engine.protocol import Sampling
+
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens")
+    return Sampling(**{name: getattr(args, name) for name in names})
+
+
+def prompt_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The prompt as keywords of `protocol.Generate`: one of prompt_ids, messages, prompt."""
+    given = [n for n in ("prompt", "prompt_ids", "messages") if getattr(args, n) is not None]
+    if len(given) > 1:
+        names = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise MoescopeError(f"expected one prompt, found {names}")
+    if not given:
+        raise MoescopeError("no prompt", hint="--prompt 'Once upon a time', or --prompt -")
+    if args.prompt_ids is not None:
+        return {"prompt_ids": _ids(args.prompt_ids)}
+    if args.messages is not None:
+        return {"messages": _messages(Path(args.messages), args.system)}
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.chat or args.system is not None:
+        system = [("system", args.system)] if args.system is not None else []
+        return {"messages": (*system, ("user", text))}
+    return {"prompt": text}
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    parts = text.replace(",", " ").split()
+    if not parts or not all(part.isascii() and part.isdigit() and len(part) < 12 for part in parts):
+        raise MoescopeError(f"--prompt-ids: expected numbers such as 1,2,3, found {text[:60]!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _messages(path: Path, system: str | None) -> tuple[tuple[str, str], ...]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.loads(file.read(4 << 20))
+    except OSError as error:
+        raise MoescopeError(f"{path.name}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise MoescopeError(f"{path.name}: expected JSON") from None
+    shape = 'a list of {"role": "...", "content": "..."}'
+    if not isinstance(value, list) or not value:
+        raise MoescopeError(f"{path.name}: expected {shape}")
+    found: list[tuple[str, str]] = [("system", system)] if system is not None else []
+    for index, item in enumerate(value):
+        role, content = (
+            (item.get("role"), item.get("content")) if isinstance(item, dict) else (0, 0)
+        )
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise MoescopeError(f"{path.name}: message {index}: expected {shape}")
+        found.append((role, content))
+    return tuple(found)
+
+
+def request_of(args: argparse.Namespace, **more: Any) -> Any:
+    from moescope.engine.protocol import LoadRequest
+
+    if args.model is None:
+        from moescope.demo import CHECKPOINT
+
+        args.model = str(CHECKPOINT)
+    return LoadRequest(
+        model=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        max_context=args.max_context,
+        **more,
+    )
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document: ASCII only, so that no byte of it can act on a terminal."""
+    json.dump({"schema": 1, **document}, sys.stdout, ensure_ascii=True, allow_nan=False)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN: what is not a number is null."""
+    return value if value is not None and abs(value) < float("inf") else None
+
+
+def fail(message: str, hint: str = "", code: ExitCode = ExitCode.USAGE) -> MoescopeError:
+    return MoescopeError(message, hint=hint, code=code)

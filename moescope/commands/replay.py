@@ -1,0 +1,20 @@
+"""Open a recorded trace on the screen. Needs no model and no backend.
+
+Without FILE, the recording that comes with moescope.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", nargs="?", help="a .moetrace file")
+
+
+def run(args: argparse.Namespace) -> int:
+    from moescope.demo import TRACE
+    from moescope.ui.app import run as run_app
+
+    return run_app(None, replay=Path(args.file) if args.file else TRACE)
