@@ -1,8 +1,7 @@
 """The command line: which verbs there are, and what happens when one fails.
 
 `moescope PATH` opens the screen; every other verb is headless. Results go to standard output, talk
-to standard error. Verbs live in `commands/`; only the chosen one is imported, and it imports what it
-needs itself.
+to standard error. Verbs live in `commands/`; only the chosen one is imported, with what it needs.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ VERBS: dict[str, str] = {
 SCREENS = ("open", "replay")
 EPILOG = """examples:
   moescope                                    the embedded demo model
-  moescope path/to/model                      a checkpoint folder, or org/name in the local hub cache
+  moescope path/to/model                      a folder, or org/name in the local hub cache
   moescope generate MODEL --prompt 'Once'     text on standard output
   moescope trace MODEL --prompt 'Once' -o run.moetrace
   moescope compare MODEL --variant trained --variant softmax_over_selected --prompt 'Once'

@@ -19,7 +19,7 @@ REPAIR = (
     "\x1b[?2026l\x1b[?1049l\x1b[?25h\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?1015l"
     "\x1b[?1004l\x1b[?2004l\x1b[?2048l\x1b[<u\x1b[0m\r"
 )
-FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1")
+FORWARDED = (signal.SIGTERM, signal.SIGHUP)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,11 +34,15 @@ def main(argv: list[str] | None = None) -> int:
 def watch(work: Any) -> int:
     """Run `work() -> int` in a forked child; repair the terminal if a signal ends it."""
     terminal = _Terminal()
+    # Held back until there is somebody to forward them to.
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         os._exit(_run_child(work))
-    for name in FORWARDED:
-        signal.signal(getattr(signal, name), lambda number, _: _kill(child, number))
+    for number in FORWARDED:
+        signal.signal(number, lambda number, _: _kill(child, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     # Ctrl-C is the screen's to understand; ours would leave it without a parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)

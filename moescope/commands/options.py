@@ -179,3 +179,10 @@ def finite(value: float | None) -> float | None:
 
 def fail(message: str, hint: str = "", code: ExitCode = ExitCode.USAGE) -> MoescopeError:
     return MoescopeError(message, hint=hint, code=code)
+
+
+def plain(value: Any) -> str:
+    """A value for people: None as a dash, everything printable."""
+    from moescope.safety import printable
+
+    return "-" if value is None else printable(str(value))
