@@ -146,7 +146,7 @@ def save_checkpoint(
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer: ids 0 to 255 are bytes, then an end, a user and an assistant token."""
+    """A byte-level tokenizer: ids 0 to 255 are bytes, then an end, a user, an assistant token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     letters = [_byte_letter(b) for b in range(256)]
