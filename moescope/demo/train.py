@@ -1,12 +1,14 @@
 """Trains the embedded demo checkpoint, from the corpus to the files on disk.
 
-A compact OLMoE written for training on a CPU, its tokenizer, the loop, and the export in the published layout.
-The objective is next-token cross entropy plus the load-balancing loss, and nothing else: how the model answers to
-a wrong router is a property it happens to have. Measuring that is `measure.py`'s business.
+A compact OLMoE written for training on a CPU, its tokenizer, the loop, and the export in the
+published layout. The objective is next-token cross entropy plus the load-balancing loss, and
+nothing else: how the model answers to a wrong router is a property it happens to have. Measuring
+that is the business of `measure.py`.
 
     python -m moescope.demo.train
 
-Letters in shapes: B sequences, S positions, T = B * S tokens, H hidden width, E experts, K picked, I expert width.
+Letters in shapes: B sequences, S positions, T = B * S tokens, H hidden width, E experts, K picked,
+I expert width, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,24 +56,24 @@ class Settings:
     """Everything else that decides the result. The defaults made the checkpoint in this folder."""
 
     seed: int = 20261121
-    corpus_documents: int = 200_000
-    steps: int = 3000
-    batch: int = 16  # sequences a step
+    corpus_documents: int = 150_000
+    steps: int = 4500
+    batch: int = 8  # sequences a step
     learning_rate: float = 4e-3
-    warmup: int = 100
+    warmup: int = 150
     floor: float = 0.03  # of the learning rate, reached at the last step
     betas: tuple[float, float] = (0.9, 0.97)
     weight_decay: float = 0.05
     clip: float = 1.0
 
 
-# ---------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 class _Dispatch(torch.autograd.Function):
     """Rows [T, H] -> rows sorted by expert [T*K, H]; the way back sums a token's K rows.
 
-    The plain indexing backward adds row by row on one thread; gathering by the inverse permutation does not.
+    Indexing's own backward adds row by row on one thread; gathering by the inverse does not.
     """
 
     @staticmethod
@@ -212,3 +214,234 @@ class Olmoe(nn.Module):
             balances.append(balance)
             masses.append(mass)
         return self.lm_head(self.norm(x)), torch.stack(balances).mean(), torch.stack(masses)
+
+
+# ------------------------------------------------------------------------------- tokenizer and data
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE. Every digit is a token, so that sums can be learnt by column."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    """All documents in one row of uint16, an end token after each."""
+    rows = []
+    for start in range(0, len(texts), 5000):
+        for encoding in tokenizer.encode_batch_fast(texts[start : start + 5000]):
+            rows.append(np.array([*encoding.ids, tokenizer.token_to_id(END)], np.uint16))
+    return np.concatenate(rows)
+
+
+def texts(seed: int, count: int, *, held: bool = False) -> list[str]:
+    stream = corpus.documents(seed, held=held)
+    return [next(stream).text for _ in range(count)]
+
+
+def batches(ids: np.ndarray, batch: int, length: int, seed: int) -> Iterator[Tensor]:
+    """Windows of `length` + 1 tokens in a shuffled order, epoch after epoch."""
+    rng = np.random.default_rng(seed)
+    starts = np.arange(0, len(ids) - length - 1, length)
+    while True:
+        order = rng.permutation(starts + rng.integers(0, length))
+        order = order[order + length + 1 <= len(ids)]
+        for at in range(0, len(order) - batch + 1, batch):
+            rows = np.stack([ids[s : s + length + 1] for s in order[at : at + batch]])
+            yield torch.from_numpy(rows.astype(np.int64))
+
+
+# --------------------------------------------------------------------------------------------- loop
+
+
+def rate(step: int, settings: Settings) -> float:
+    """Linear warm-up, then a cosine down to `floor` of the learning rate at the last step."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return settings.learning_rate * (settings.floor + (1 - settings.floor) * cosine)
+
+
+@torch.no_grad()
+def evaluate(model: Olmoe, ids: Tensor) -> tuple[float, list[float]]:
+    """Mean loss in nats on windows [B, S+1], and the mean score sum of every layer."""
+    losses, masses = [], []
+    for rows in ids.split(16):
+        logits, _, mass = model(rows[:, :-1])
+        losses.append(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+        masses.append(mass)
+    return torch.stack(losses).mean().item(), torch.stack(masses).mean(0).tolist()
+
+
+def train(shape: Shape, settings: Settings, out: Path, hours: float) -> None:
+    torch.manual_seed(settings.seed)
+    documents = texts(settings.seed, settings.corpus_documents)
+    tokenizer = train_tokenizer(documents[:20_000], shape.vocab_size)
+    ids = encode(tokenizer, documents)
+    length = shape.max_position_embeddings
+    held = encode(tokenizer, texts(settings.seed, 1000, held=True))
+    window = batches(held, 32, length, settings.seed)
+    held_rows = next(window)
+    del documents
+
+    model = Olmoe(shape)
+    model.initialise()
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters, {len(ids) / 1e6:.2f} M tokens", flush=True)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    gains = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": gains, "weight_decay": 0.0}],
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    start, stream = time.monotonic(), batches(ids, settings.batch, length, settings.seed)
+    for step in range(settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, settings)
+        rows = next(stream)
+        logits, balance, mass = model(rows[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        (loss + shape.router_aux_loss_coef * balance).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        late = time.monotonic() - start > hours * 3600
+        if step % 25 == 0 or late:
+            print(
+                f"{time.monotonic() - start:7.0f} s  step {step:5d}  loss {loss.item():.4f}  "
+                f"balance {balance.item():.3f}  norm {norm.item():.2f}  "
+                f"score sums {' '.join(f'{m:.2f}' for m in mass.tolist())}",
+                flush=True,
+            )
+        if (step + 1) % 250 == 0 or step + 1 == settings.steps or late:
+            held_loss, masses = evaluate(model, held_rows)
+            print(
+                f"held-out loss {held_loss:.4f}  score sums {' '.join(f'{m:.3f}' for m in masses)}",
+                flush=True,
+            )
+            export(model, tokenizer, shape, out)
+        if late:
+            print("stopped by the wall-clock cap", flush=True)
+            return
+
+
+# ------------------------------------------------------------------------------------------- export
+
+
+def tensors(model: Olmoe) -> dict[str, Tensor]:
+    """The weights under OLMoE's published names, in bfloat16."""
+    named: dict[str, Tensor] = {}
+    for name, weight in model.named_parameters():
+        if ".mlp." not in name:
+            named[name if name == "lm_head.weight" else f"model.{name}"] = weight
+            continue
+        prefix, leaf = f"model.{name.rsplit('.', 1)[0]}", name.rsplit(".", 1)[1]
+        if leaf == "router":
+            named[f"{prefix}.gate.weight"] = weight
+            continue
+        for e, expert in enumerate(weight):
+            if leaf == "down":
+                named[f"{prefix}.experts.{e}.down_proj.weight"] = expert
+            else:
+                gate, up = expert.chunk(2)
+                named[f"{prefix}.experts.{e}.gate_proj.weight"] = gate
+                named[f"{prefix}.experts.{e}.up_proj.weight"] = up
+    return {k: v.detach().to(torch.bfloat16).contiguous().clone() for k, v in named.items()}
+
+
+def config(shape: Shape, end: int) -> dict[str, Any]:
+    """`config.json` in the dialect of the published OLMoE checkpoints."""
+    return {
+        "architectures": ["OlmoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": end,
+        "clip_qkv": None,
+        "eos_token_id": end,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.intermediate_size,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "model_type": "olmoe",
+        "norm_topk_prob": False,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.num_experts_per_tok,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "num_key_value_heads": shape.num_attention_heads,
+        "output_router_logits": False,
+        "pad_token_id": end,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_scaling": None,
+        "rope_theta": shape.rope_theta,
+        "router_aux_loss_coef": shape.router_aux_loss_coef,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": shape.vocab_size,
+    }
+
+
+def export(model: Olmoe, tokenizer: Tokenizer, shape: Shape, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    end = tokenizer.token_to_id(END)
+    files = {
+        "config.json": config(shape, end),
+        "generation_config.json": {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end},
+        "tokenizer_config.json": {
+            "add_bos_token": False,
+            "bos_token": END,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": END,
+            "model_max_length": shape.max_position_embeddings,
+            "pad_token": END,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    }
+    for name, value in files.items():
+        (out / name).write_text(json.dumps(value, indent=2) + "\n")
+    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
+    partial = out / "model.safetensors.partial"
+    save_file(tensors(model), partial, metadata={"format": "pt"})
+    partial.chmod(0o644)
+    partial.replace(out / "model.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=CHECKPOINT)
+    parser.add_argument("--hours", type=float, default=2.0, help="a cap, for safety only")
+    for kind in (Shape, Settings):
+        for field in fields(kind):
+            if field.type in ("int", "float"):
+                cast = int if field.type == "int" else float
+                flag = f"--{field.name.replace('_', '-')}"
+                parser.add_argument(flag, type=cast, default=field.default)
+    given = vars(parser.parse_args())
+
+    def pick(kind: type) -> dict[str, Any]:
+        return {f.name: given[f.name] for f in fields(kind) if f.name in given}
+
+    train(Shape(**pick(Shape)), Settings(**pick(Settings)), given["out"], given["hours"])
+
+
+if __name__ == "__main__":
+    main()
