@@ -8,4 +8,4 @@ does under a right and a wrong router.
 from pathlib import Path
 
 CHECKPOINT: Path = Path(__file__).parent / "checkpoint"
-TRACE: Path = Path(__file__).parent / "trace"
+TRACE: Path = Path(__file__).parent / "demo.moetrace"

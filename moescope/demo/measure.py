@@ -65,7 +65,9 @@ def transformers_runner(folder: Path) -> Runner:
         rows.clear()
         out = model(torch.tensor([prompt]), use_cache=new_tokens > 0)
         scores = torch.stack(rows).softmax(-1).numpy()
-        logits, written, ended = out.logits[0].numpy(), [], False
+        logits = out.logits[0].numpy()
+        written: list[int] = []
+        ended = False
         while new_tokens > 0:
             token = int(out.logits[0, -1].argmax())
             ended = token == end
