@@ -1,7 +1,7 @@
 """moescope: watch a Mixture-of-Experts language model route, token by token.
 
 The public Python API. Names are imported when they are first used, so that `import moescope` costs
-nothing: `moescope.route(logits, spec)`, `moescope.load_model(request)`, `moescope.TraceReader.open(path)`.
+nothing: `moescope.route(logits, spec)`, `moescope.load_model(request)`.
 """
 
 from __future__ import annotations
