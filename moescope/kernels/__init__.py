@@ -1,0 +1,72 @@
+"""Router kernels: arrays in, arrays out; no files, no models, no sibling of this package.
+
+`route` picks the implementation: `reference` (numpy, the definition) or `torch`. Names are resolved
+on first use, so importing this package costs neither numpy nor torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moescope.kernels.agreement import compare
+    from moescope.kernels.reference import gate_logits
+    from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring, Routing
+
+__all__ = [
+    "RouterPolicy",
+    "RouterSpec",
+    "RouterWiring",
+    "Routing",
+    "compare",
+    "gate_logits",
+    "route",
+]
+
+_HOMES = {
+    "RouterPolicy": "spec",
+    "RouterSpec": "spec",
+    "RouterWiring": "spec",
+    "Routing": "spec",
+    "compare": "agreement",
+    "gate_logits": "reference",
+}
+_BACKENDS = {"reference": "reference", "torch": "torch_ops"}
+
+
+def route(
+    logits: Any,
+    spec: RouterSpec,
+    *,
+    correction_bias: Any = None,
+    per_expert_scale: Any = None,
+    token_ids: Any = None,
+    hash_table: Any = None,
+    keep_logits: bool = False,
+    backend: str = "reference",
+) -> Routing:
+    """Route T rows of router logits [T, E]: what `spec`, with its dtypes resolved, decides for each.
+
+    `correction_bias` and `per_expert_scale` are [E], or [T, E] where rows come from several routers.
+    Numpy in, numpy out; with backend `torch`, tensors in and tensors out, on their device. Raises
+    ValueError for shapes that do not fit the spec, a missing input it needs, E over 4096, K over 64.
+    """
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend {backend!r} is none of {', '.join(_BACKENDS)}")
+    module = import_module(f"{__name__}.{_BACKENDS[backend]}")
+    return getattr(module, f"route_{backend}")(
+        logits,
+        spec,
+        correction_bias=correction_bias,
+        per_expert_scale=per_expert_scale,
+        token_ids=token_ids,
+        hash_table=hash_table,
+        keep_logits=keep_logits,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
