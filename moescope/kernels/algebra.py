@@ -1,8 +1,8 @@
 """What can be said about a router spec without a single logit: equality and allowed score sums.
 
-`canonical` maps specs that agree for all logits, in exact arithmetic, onto one representative; it may
-miss an equality and never invents one. Rounding fields are taken at their word: they are faults that
-somebody shipped, so a spec that rounds differently is a different spec.
+`canonical` maps specs that agree for all logits, in exact arithmetic, onto one representative; it
+may miss an equality and never invents one. Rounding fields are taken at their word: they are faults
+that somebody shipped, so a spec that rounds differently is a different spec.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 from moescope.kernels.spec import RouterPolicy, RouterSpec
 
 _NEGLIGIBLE = 1e-7  # relative, well inside the 1e-5 that kernels may differ by
+_BELOW_ZERO = -1e-30  # as a low end it admits 0: a skipped class weighs exactly 0
 
 
 def canonical(spec: RouterSpec) -> RouterSpec:
@@ -40,7 +41,7 @@ def _unused(spec: RouterSpec) -> RouterPolicy:
 
 
 def _groups(spec: RouterSpec) -> RouterPolicy:
-    """One group, or all groups admitted, is no limit; a fill of 0 is harmless below positive scores."""
+    """One group, or all admitted, is no limit; a fill of 0 is harmless below positive scores."""
     p, default = spec.policy, RouterPolicy(spec.K)
     if p.n_group == 1 or p.topk_group == p.n_group:
         return replace(
@@ -128,13 +129,13 @@ def allowed_score_sum(spec: RouterSpec) -> float | tuple[float, float] | None:
         if p.norm_p != 1.0:
             other_end = spec.K ** (1.0 - 1.0 / p.norm_p)
             low, high = sorted((1.0, other_end))
-            return (math.nextafter(low * factor, 0.0), high * factor)
+            return (low * factor * (1 - 1e-6), high * factor)
         if skips:
-            return (-math.ulp(0.0), factor)
+            return (_BELOW_ZERO, factor)
         return factor if p.norm_eps <= 1e-5 else (0.0, factor)
     if p.weights_from != "scores":
         return None
-    low = -math.ulp(0.0) if skips else 0.0  # a skipped class weighs exactly 0
+    low = _BELOW_ZERO if skips else 0.0
     if p.scoring_func == "softmax":
         whole = p.score_order == "topk_then_score" or spec.K == spec.E
         return factor if whole and p.score_passes == 1 and not skips else (low, factor)

@@ -1,11 +1,11 @@
 """`RouterSpec`: a router as a value, and `Routing`: what it decided.
 
-A spec has two parts. `RouterPolicy` is what a row of numbers can say: a kernel reads it at run time,
-so changing it recompiles nothing. `RouterWiring` is what changes the flow of data around the router.
+A spec has two parts. `RouterPolicy` is what a row of numbers can say: a kernel reads it at run
+time, so changing it recompiles nothing. `RouterWiring` is what changes the flow of data around it.
 Nothing here computes: `reference.py` is the definition of what the fields mean, `words.py` says a
 spec in one line, `algebra.py` knows which specs are equal and which score sums they allow.
 
-Letters used for shapes in this package: T tokens, E expert classes (null experts included), K picked.
+Letters for shapes in this package: T tokens, E expert classes (null experts included), K picked.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class RouterPolicy:
 
 @dataclass(frozen=True, slots=True)
 class RouterWiring:
-    """What the router is connected to: inputs, null and shared experts, dtypes of gate and combine."""
+    """What the router is connected to: inputs, null and shared experts, gate and combine dtypes."""
 
     num_experts: int  # routed experts, null experts not counted
     num_null_experts: int = 0
@@ -143,7 +143,7 @@ class RouterSpec:
                 f"num_experts_per_tok {p.num_experts_per_tok} is more than topk_group "
                 f"{p.topk_group} of n_group {p.n_group} admits: {admissible} experts"
             )
-        if p.group_score == "top2_sum" and E == p.n_group:
+        if p.group_score == "top2_sum" and p.n_group == E:
             raise ValueError(
                 f"group_score top2_sum needs two experts in a group: n_group {p.n_group}, {counts}"
             )
@@ -186,7 +186,7 @@ class RouterSpec:
         return RouterSpec(*parts)  # type: ignore[arg-type]
 
     def line(self, *, wiring: bool = False) -> str:
-        """One plain line, `softmax → top-8, not renormalised`; with `wiring`, also what is around."""
+        """`softmax → top-8, not renormalised`; with `wiring`, also what is around the router."""
         from moescope.kernels.words import line
 
         return line(self, wiring=wiring)
@@ -222,8 +222,8 @@ class RouterSpec:
 class Routing:
     """What a router decided for T tokens. Arrays are numpy, or torch where torch tensors came in.
 
-    Unused slots (a policy with fewer than K experts) hold id -1, score 0 and weight 0. An invalid row
-    (NaN, +inf, or fewer than K finite logits) holds ids -1, weights 0, and NaN elsewhere.
+    Unused slots (a policy with fewer than K experts) hold id -1, score 0 and weight 0. An invalid
+    row (NaN, +inf, or fewer than K finite logits) holds ids -1, weights 0, and NaN elsewhere.
     """
 
     expert_ids: Any  # [T, K] int32, selection value descending, then id ascending

@@ -1,8 +1,8 @@
 """The router on torch tensors, on any device, without waiting for the device.
 
-Same semantics and rounding points as `reference.py`: scores and weights are computed in float64 (one
-row is a few hundred numbers) so that ids agree with the definition; float32 where a device has no
-float64. `_route_softmax` is the short path of the decode step; `_route_any` is its slow twin.
+Same semantics and rounding points as `reference.py`: scores and weights are computed in float64
+(one row is a few hundred numbers) so that ids agree with the definition; float32 where a device has
+no float64. `_route_softmax` is the short path of the decode step; `_route_any` is its slow twin.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _checked(spec: RouterSpec) -> bool:
 
 
 def is_plain(spec: RouterSpec) -> bool:
-    """Whether the short path is right for `spec`: one softmax in float32, top-k either side of it."""
+    """Whether the short path serves `spec`: one softmax in float32, top-k either side of it."""
     p, w = spec.policy, spec.wiring
     return (
         p.scoring_func == "softmax"
@@ -77,10 +77,9 @@ def _route_softmax(logits: Tensor, spec: RouterSpec, keep_logits: bool) -> Routi
     values = z if after else exact.float().masked_fill_(z == -torch.inf, -torch.inf)
     ranked, order = torch.sort(values, dim=-1, descending=True, stable=True)
     ids = order[:, :K]
+    scores = ranked[:, :K]
     if after:
-        scores = torch.softmax(ranked[:, :K], -1, dtype=_wide(z)).float()
-    else:
-        scores = ranked[:, :K]
+        scores = torch.softmax(scores, -1, dtype=_wide(z)).float()
     weights = scores.to(exact.dtype)
     if p.norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + p.norm_eps)

@@ -1,7 +1,7 @@
 """A router spec in one line of the field's words: `softmax → top-8, not renormalised`.
 
-Every field that differs from its default shows up (those of the wiring on request), so that two specs
-with the same line are the same spec.
+Every field that differs from its default shows up (those of the wiring on request), so that two
+specs with the same line are the same spec.
 """
 
 from __future__ import annotations
