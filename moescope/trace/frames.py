@@ -66,13 +66,15 @@ class RouterInfo:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TraceMeta:
-    """What made a trace. Everything is JSON except `router_tensors` (router index -> name -> array)."""
+    """What made a trace. Everything is JSON except `router_tensors` (router -> name -> array)."""
 
-    models: tuple[dict[str, Any], ...] = ()  # name, family, config_hash, weights_hash, tokenizer_hash
+    # name, family, config_hash, weights_hash, tokenizer_hash of each
+    models: tuple[dict[str, Any], ...] = ()
     routers: tuple[RouterInfo, ...] = ()
     router_tensors: dict[int, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
     record: RecordLevel = "weights"
-    engine: dict[str, Any] = field(default_factory=dict)  # name, version, device, dtype, kernels, ...
+    # name, version, device, dtype, quantisation, kernels and their configuration
+    engine: dict[str, Any] = field(default_factory=dict)
     rank_ordered: bool = True
     ids_space: Literal["logical", "physical"] = "logical"
     weights_kind: Literal["applied", "selection", "absent"] = "applied"
@@ -80,6 +82,8 @@ class TraceMeta:
     sampling: dict[str, Any] = field(default_factory=dict)
     prompt_ids: tuple[int, ...] | None = None  # None: redacted, or told by events only
     redacted: bool = False
+    # fields of `Frame` that an import lacked: NaN, -1 or empty in every frame, shown "not recorded"
+    absent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
