@@ -49,8 +49,8 @@ def route(
     """What `spec`, with its dtypes resolved, decides for T rows of router logits [T, E].
 
     `correction_bias` and `per_expert_scale` are [E], or [T, E] where rows are of several routers.
-    Numpy in, numpy out; with backend `torch`, tensors in and out, on their device. Raises ValueError
-    for shapes that do not fit the spec, a missing input it needs, E over 4096, and K over 64.
+    Numpy in, numpy out; with backend `torch`, tensors in and out, on their device. ValueError is
+    raised for shapes that do not fit the spec, a missing input, E over 4096, and K over 64.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(_BACKENDS)}")

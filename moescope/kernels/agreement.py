@@ -45,7 +45,7 @@ def compare(
     correction_bias: Any = None,
     limit: int = 16,
 ) -> list[Disagreement]:
-    """What `found` decides otherwise than `expected` (the reference's), at most `limit` rows a field.
+    """Where `found` decides otherwise than `expected`, the reference; `limit` rows a field at most.
 
     Ids must be equal where adjacent selection values of ranks 1 to K+1, and the group cut, are more
     than 8 ulp of `score_dtype` apart, or are tied with equal logits; elsewhere every chosen value

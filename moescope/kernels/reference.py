@@ -2,8 +2,8 @@
 
 Every other kernel is tested against this one. Rounding points, in order: the gate's output to
 `logits_dtype`; scaled and capped logits to float32; each scoring pass to `score_dtype`; the
-correction bias to `correction_bias_dtype`; score + bias, and the group scores, to the wider of those
-two; the weights, last of all, to `combine_dtype`. What is returned is float32.
+correction bias to `correction_bias_dtype`; score + bias, and the group scores, to the wider of
+those two; the weights, last of all, to `combine_dtype`. What is returned is float32.
 """
 
 from __future__ import annotations
