@@ -12,7 +12,7 @@ from functools import lru_cache
 from math import cos, isnan, radians, sin
 from typing import TYPE_CHECKING, Literal
 
-from rich.color import Color
+from rich.color import Color, ColorSystem
 from rich.style import Style
 
 from moescope.ui.panels import LEVELS
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 Depth = Literal["truecolor", "256", "16", "none"]
 RGB = tuple[int, int, int]
 
-SHADES = "··░░▒▒▓█"  # load without colour, one glyph a level
+SHADES = "·░░▒▒▓▓█"  # load without colour, one glyph a level
 BARS = "▁▂▃▄▅▆▇█"
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 PICK, PICK_A, PICK_B, PICK_BOTH = "●", "a", "b", "●"
 ROW_MARK, WRONG = "▸", "!"
 
 # xterm's colour cube holds few blues and oranges of rising lightness: chosen by hand
-RAMP_256_DARK = (235, 17, 24, 60, 96, 137, 173, 215)
-RAMP_256_LIGHT = (254, 153, 146, 182, 180, 173, 130, 94)
+RAMP_256_DARK = (24, 60, 102, 137, 173, 215, 222)
+RAMP_256_LIGHT = (153, 146, 144, 173, 136, 130, 94)
 PLAIN_PENS = ("text", "dim", "strong", "accent", "good", "warn", "wrong", "bar", "cursor", "mark")
 
 
@@ -42,8 +42,10 @@ class Pens:
     depth: Depth
     dark: bool
     style: dict[str, Style]
+    ink: dict[str, Style]  # the same without a background, to lay over another style
     load: tuple[Style, ...]  # [LEVELS] on a background of the level's colour
     load_ink: tuple[Style, ...]  # [LEVELS] the level's colour as ink on the panel
+    load_soft: tuple[Style, ...]  # [LEVELS] panel ink on a muted background: for dense glyphs
     tint: tuple[Style, ...]  # [LEVELS] a token's text
     ramp: tuple[Color | None, ...]  # [LEVELS]
     colours: bool  # levels can be told apart by colour; else `SHADES` stand for them
@@ -101,7 +103,7 @@ def build(
 ) -> Pens:
     """Pens from the panel's own colours and five colours of the theme."""
     if depth == "none":
-        return _plain(dark)
+        return _plain(dark, Style(color=ink, bgcolor=paper))
     base = Style(color=ink, bgcolor=paper)
     named = depth == "16"
     style = {
@@ -127,41 +129,41 @@ def build(
     style["bar"] = base + Style(color=ramp[5 if dark else 4])
     load = tuple(Style(color=_readable(colour), bgcolor=colour, bold=True) for colour in ramp)
     back = _rgb(paper, (18, 18, 18) if dark else (255, 255, 255))
-    soft = [_mix(colour, Color.from_rgb(*back), 0.45, dark) for colour in ramp]
-    tint = (base, *(base + Style(bgcolor=colour) for colour in soft[1:]))
+    ground = Color.from_rgb(*back)
+    soft, softer = (
+        (base, *(base + Style(bgcolor=_mix(colour, ground, share, dark)) for colour in ramp[1:]))
+        for share in (0.35, 0.6)
+    )
+    bold = Style(bold=True)
     return Pens(
         depth=depth,
         dark=dark,
         style=style,
+        ink=_inks(style),
         load=load,
         load_ink=tuple(base + Style(color=colour) for colour in ramp),
-        tint=tint,
+        load_soft=tuple(pen + bold for pen in soft),
+        tint=softer,
         ramp=tuple(ramp),
         colours=True,
     )
 
 
-def _plain(dark: bool) -> Pens:
+def _plain(dark: bool, plain: Style) -> Pens:
     """No colour at all: weight, dimness and reverse video only."""
-    text = Style()
-    style = dict.fromkeys(PLAIN_PENS, text)
-    style |= {
-        "dim": Style(dim=True),
-        "rule": Style(dim=True),
-        "strong": Style(bold=True),
-        "accent": Style(bold=True),
-        "warn": Style(bold=True),
-        "wrong": Style(bold=True),
-        "cursor": Style(reverse=True),
-        "mark": Style(bold=True),
-    }
-    faint, plain, bold = Style(dim=True), text, Style(bold=True)
+    faint, bold = plain + Style(dim=True), plain + Style(bold=True)
+    style = dict.fromkeys(PLAIN_PENS, plain)
+    style |= dict.fromkeys(("dim", "rule"), faint)
+    style |= dict.fromkeys(("strong", "accent", "warn", "wrong", "mark"), bold)
+    style["cursor"] = plain + Style(reverse=True)
     return Pens(
         depth="none",
         dark=dark,
         style=style,
+        ink=_inks(style),
         load=(faint, faint, faint, plain, plain, plain, plain, plain),
         load_ink=(faint, faint, faint, plain, plain, plain, plain, plain),
+        load_soft=(bold,) * LEVELS,
         tint=(faint, faint, plain, plain, plain, plain, bold, bold),
         ramp=(None,) * LEVELS,
         colours=False,
@@ -181,12 +183,24 @@ def _sixteen(dark: bool, base: Style, style: dict[str, Style]) -> Pens:
         depth="16",
         dark=dark,
         style=style | {"bar": inks[5]},
+        ink=_inks(style),
         load=inks,
         load_ink=inks,
+        load_soft=tuple(ink + bold for ink in inks),
         tint=(inks[0], inks[1], base, base, base, base + bold, inks[6] + bold, inks[7] + bold),
         ramp=tuple(ink.color for ink in inks),
         colours=False,
     )
+
+
+def _inks(style: dict[str, Style]) -> dict[str, Style]:
+    plain = style["text"]
+    return {
+        name: Style(
+            color=None if pen.color == plain.color else pen.color, bold=pen.bold, dim=pen.dim
+        )
+        for name, pen in style.items()
+    }
 
 
 def sum_bar(value: float) -> str:
@@ -206,6 +220,13 @@ def bar(share: float, width: int) -> str:
     return text + " " * (width - len(text))
 
 
+def thin_bar(share: float, width: int) -> str:
+    """The same as a line, in half cells: for bars on rows that touch."""
+    halves = 0 if isnan(share) else round(min(1.0, max(0.0, share)) * width * 2)
+    text = "━" * (halves // 2) + "╸" * (halves % 2)
+    return text + " " * (width - len(text))
+
+
 def quantise(share: float) -> int:
     """A share of 0..1 as a level of 0..LEVELS-1."""
     return min(LEVELS - 1, max(0, int(share * LEVELS))) if not isnan(share) else 0
@@ -215,22 +236,22 @@ def quantise(share: float) -> int:
 
 
 def _ramp(depth: Depth, dark: bool, paper: RGB) -> list[Color]:
-    if depth == "256":
-        return [Color.from_ansi(code) for code in (RAMP_256_DARK if dark else RAMP_256_LIGHT)]
+    """Level 0 a shade off the panel, then blue to orange, always further from the panel."""
     ground = _to_oklab(paper)
-    blue = (0.36, 0.075, 250.0) if dark else (0.88, 0.055, 250.0)
-    orange = (0.82, 0.145, 68.0) if dark else (0.56, 0.150, 55.0)
-    start, end = _polar(*blue), _polar(*orange)
-    step = 0.035 if dark else -0.035
-    colours = [_from_oklab((ground[0] + step, ground[1], ground[2]))]
+    rest = Color.from_rgb(*_from_oklab((ground[0] + (0.055 if dark else -0.03), *ground[1:])))
+    if depth == "256":
+        codes = RAMP_256_DARK if dark else RAMP_256_LIGHT
+        return [rest.downgrade(ColorSystem.EIGHT_BIT), *(Color.from_ansi(code) for code in codes)]
+    first = max(0.36, ground[0] + 0.13) if dark else min(0.82, ground[0] - 0.08)
+    last = max(0.82, first + 0.30) if dark else min(0.53, first - 0.25)
+    blue = _polar(first, 0.075, 250.0)
+    orange = _polar(last, 0.145, 68.0 if dark else 55.0)
+    colours = [rest]
     for level in range(LEVELS - 1):
         share = level / (LEVELS - 2)
-        colours.append(
-            _from_oklab(
-                tuple(a + (b - a) * share for a, b in zip(start, end, strict=True))  # type: ignore
-            )
-        )
-    return [Color.from_rgb(*colour) for colour in colours]
+        light, a, b = (x + (y - x) * share for x, y in zip(blue, orange, strict=True))
+        colours.append(Color.from_rgb(*_from_oklab((light, a, b))))
+    return colours
 
 
 def _polar(lightness: float, chroma: float, hue: float) -> tuple[float, float, float]:
@@ -290,7 +311,7 @@ def _from_oklab(lab: tuple[float, float, float]) -> RGB:
 
 
 def _linear(value: float) -> float:
-    return value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4  # type: ignore
+    return value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
 
 
 def _gamma(value: float) -> float:

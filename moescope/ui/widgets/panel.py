@@ -31,8 +31,9 @@ class Panel(Widget, Generic[Data]):
     """Draws one dataclass of `panels.py`. Subclasses give `draw` and, if framed, `labels`."""
 
     DEFAULT_CSS = """
-    Panel { height: 1fr; width: 1fr; border: round $border-blurred; color: $foreground; }
-    Panel:focus { border: round $border; }
+    Panel { height: 1fr; width: 1fr; border: round $foreground 30%; color: $foreground;
+        border-title-color: $foreground 80%; }
+    Panel:focus { border: round $accent; }
     """
     ALLOW_SELECT = False
     can_focus = False
@@ -100,7 +101,7 @@ class Panel(Widget, Generic[Data]):
             return
         self._labels = labels
         edge, color = self.styles.border_top
-        width = self.outer_size.width - 4
+        width = self.outer_size.width - 6
         if not edge or width <= 0:
             return
         title, note = cut(labels[0], width), plain(labels[1])
