@@ -40,9 +40,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _first_router(model: str) -> Any:
-    from moescope.commands.inspect import routers_of
+    from moescope.engine import families
+    from moescope.engine.checkpoint import Checkpoint
 
-    return routers_of(model)[0]
+    with Checkpoint.open(model, weights=False) as checkpoint:
+        return families.build(checkpoint.config).routers()[0][2]
 
 
 def _row(variant: Any, spec: Any) -> dict[str, Any]:
