@@ -38,8 +38,8 @@ class Limits:
     top_k: int = 64
     encode_chars: int = 4 * MIB  # a prompt: far beyond any context
     rendered_chars: int = 1_000_000  # a rendered chat: beyond any context
-    template_seconds: float = 3.0  # rendering takes milliseconds
-    tokenizer_seconds: float = 5.0  # loading the largest takes about one second
+    template_seconds: float = 2.0  # of processor time; rendering takes milliseconds
+    tokenizer_seconds: float = 5.0  # of processor time; loading the largest takes about one
     child_bytes: int = 2 * GIB  # address space of a throw-away child
     import_rows: int = 50_000_000
     import_bytes: int = 8 * GIB  # after expansion
