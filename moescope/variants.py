@@ -1,8 +1,8 @@
 """Router variants: the catalogue of known faults (data), and the expressions users write.
 
 A variant is edits of a `RouterSpec`. An expression is one or more groups, separated by `/`; a group
-is items separated by `,` and, after `@`, the layers it holds for (`3-7`, `0+2-4`; none: all). An item
-is a name of the catalogue or a field of the spec: `norm_topk_prob=true`, `num_experts_per_tok+1`.
+is items separated by `,` and, after `@`, the layers it holds for (`3-7`, `0+2-4`; none: all). An
+item is a name of the catalogue or a field of the spec: `norm_topk_prob=true`, `top_k+1`.
 
     softmax_over_selected        norm_topk_prob=true,num_experts_per_tok=4@3-7
 """

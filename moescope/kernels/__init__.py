@@ -55,7 +55,7 @@ def route(
     if backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(_BACKENDS)}")
     module = import_module(f"{__name__}.{_BACKENDS[backend]}")
-    return getattr(module, f"route_{backend}")(
+    routing: Routing = getattr(module, f"route_{backend}")(
         logits,
         spec,
         correction_bias=correction_bias,
@@ -64,6 +64,7 @@ def route(
         hash_table=hash_table,
         keep_logits=keep_logits,
     )
+    return routing
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,8 @@ not hang on the last bits; elsewhere what was chosen must lie at the cut. Numpy 
 on a CPU are taken too. Tests use it, and so does a running engine that checks itself.
 """
 
+# mypy: disable-error-code="no-any-return"
+
 from __future__ import annotations
 
 from dataclasses import dataclass

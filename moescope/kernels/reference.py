@@ -6,6 +6,8 @@ correction bias to `correction_bias_dtype`; score + bias, and the group scores, 
 those two; the weights, last of all, to `combine_dtype`. What is returned is float32.
 """
 
+# mypy: disable-error-code="no-any-return"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -129,11 +131,12 @@ def select(raw: NDArray[Any], spec: RouterSpec, bias: F64 | None) -> Selection:
             biased = with_bias if by_logit else _score_all(with_bias, excluded, p)[1]
     biased = np.where(excluded, -np.inf, biased)
     values, group_scores = _limit_groups(biased, excluded, p)
-    usable = ~(np.isnan(biased) | np.isposinf(biased)).any(1)
-    enough = (np.isneginf(values) | np.isnan(values)).sum(1) <= spec.E - spec.K
     if spec.wiring.hash_table:
-        usable, enough = True, excluded.sum(1) <= spec.E - spec.K
-    return Selection(z, rounded, biased, values, group_scores, entropy, finite & usable & enough)
+        valid = finite & (excluded.sum(1) <= spec.E - spec.K)
+    else:
+        usable = ~(np.isnan(biased) | np.isposinf(biased)).any(1)
+        valid = finite & usable & (np.isneginf(values).sum(1) <= spec.E - spec.K)
+    return Selection(z, rounded, biased, values, group_scores, entropy, valid)
 
 
 def _score_all(z: F64, excluded: NDArray[np.bool_], p: RouterPolicy) -> tuple[F64, F64]:

@@ -11,6 +11,7 @@ Letters for shapes in this package: T tokens, E expert classes (null experts inc
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, get_args, get_type_hints
@@ -179,11 +180,11 @@ class RouterSpec:
         """This spec with every `model` dtype replaced by the dtype the decoder runs in."""
         if model_dtype not in MODEL_DTYPES:
             raise ValueError(f"model_dtype {model_dtype!r} is none of {', '.join(MODEL_DTYPES)}")
-        parts = (
-            replace(part, **{f.name: model_dtype for f in fields(part) if _is_model(part, f.name)})
+        policy, wiring = (
+            {f.name: model_dtype for f in fields(part) if _is_model(part, f.name)}
             for part in (self.policy, self.wiring)
         )
-        return RouterSpec(*parts)  # type: ignore[arg-type]
+        return self.with_policy(**policy).with_wiring(**wiring)
 
     def line(self, *, wiring: bool = False) -> str:
         """`softmax → top-8, not renormalised`; with `wiring`, also what is around the router."""
@@ -288,7 +289,7 @@ def _conflict(part: Any, names: str) -> str:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Hashable) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
