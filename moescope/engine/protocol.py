@@ -140,6 +140,8 @@ class Prompted:
     prompt_ids: tuple[int, ...]
     pieces: tuple[str, ...]  # one per id, for display
     note: str = ""  # e.g. the lane was re-filled from the first differing id
+    lane: int | None = None  # None: every open lane was given these
+    position: int = 0  # of the first id; more than 0 for a further turn
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,562 @@
+"""A session: up to eight lanes of one loaded model, and the step that feeds them.
+
+`step()` feeds what is pending in the running lanes as one batch, builds a frame for every token
+fed, and draws the next ones. Every token of a lane is fed and has a frame, the last one too.
+Headless commands iterate over `generate`; the engine's process calls `step` between two looks at
+its commands. No processes and no files here: frames and events go to the writer that was given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.engine import sampling
+from moescope.engine.interpreter import Router, StepOutput
+from moescope.engine.lane import Lane, Turn, common_prefix, further, prompt_of
+from moescope.engine.protocol import (
+    MAX_LANES,
+    Event,
+    Finished,
+    Generate,
+    LaneChanged,
+    Loading,
+    LoadRequest,
+    Note,
+    Prompted,
+)
+from moescope.engine.recording import Recorder
+from moescope.engine.sampling import Expectation
+from moescope.errors import ExitCode, MoescopeError
+from moescope.kernels.spec import RouterPolicy
+from moescope.trace.frames import DECODE, PREFILL, Frame, RecordLevel, TraceEvent
+
+CHUNK = 128  # tokens of a prompt fed at once: pause, stop and progress wait no longer than that
+LOGITS_BYTES = 96 << 20  # next-token logits of one chunk, which a large vocabulary makes the limit
+ROOM = 256  # caches grow in steps of this many tokens
+
+
+class Session:
+    """Lanes over one model: a `LoadedModel`, of which only `interpreter` and `facts` are used.
+
+    `tokenizer` None: prompts are ids, texts stay empty. `writer` is a `TraceWriter` or None. With
+    `same_tokens`, every lane is fed the tokens lane 0 draws.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        writer: Any = None,
+        *,
+        record: RecordLevel = "weights",
+        max_context: int = 4096,
+        variants: Sequence[str] = ("trained",),
+        same_tokens: bool = False,
+    ) -> None:
+        self.interpreter = model.interpreter
+        self.tokenizer = tokenizer
+        self.recorder = Recorder(writer)
+        self.record: RecordLevel = record
+        self.context = min(max_context, int(model.facts.get("context") or max_context))
+        self.same_tokens = same_tokens
+        self.sequence = -1
+        self.lanes: dict[int, Lane] = {}
+        self.newest: dict[int, Frame] = {}
+        self.invalid = ""  # the message, once router or token logits were not finite
+        self.timings = {
+            "prefill_tokens": 0,
+            "prefill_seconds": 0.0,
+            "decode_tokens": 0,
+            "decode_seconds": 0.0,
+        }
+        self._end_ids: tuple[int, ...] = tuple(tokenizer.end_ids) if tokenizer else ()
+        self._opened = (0, 0)  # lanes, capacity
+        self._used: set[int] = set()  # lane numbers that have frames in this sequence
+        self._events: list[Event] = []
+        self._pieces: dict[int, str] = {}  # first seen, not yet taken
+        self._pieces_known: set[int] = set()
+        for expression in variants:
+            self.add_lane(expression)
+
+    # --- what a screen or a command asks ----------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        return any(lane.running for lane in self.lanes.values())
+
+    @property
+    def prefilling(self) -> bool:
+        return any(
+            lane.running and (lane.pending > 1 or lane.fed < lane.start)
+            for lane in self.lanes.values()
+        )
+
+    def take_events(self) -> list[Event]:
+        """What happened beside the frames since the last call, oldest first."""
+        events, self._events = self._events, []
+        return events
+
+    def take_pieces(self) -> tuple[tuple[int, str], ...]:
+        """Texts of ids that appeared for the first time since the last call."""
+        pieces, self._pieces = self._pieces, {}
+        return tuple(pieces.items())
+
+    def generate(self, request: Generate, *, force_ids: Sequence[int] = ()) -> Iterator[Frame]:
+        """Run `request` to its end on every lane, frame by frame. `force_ids` follow the prompt
+        in place of drawn tokens."""
+        self.start(request, force_ids=force_ids)
+        while self.running:
+            yield from self.step()
+
+    def add_lane(
+        self, expression: str, fork_of: int | None = None, position: int | None = None
+    ) -> int:
+        """Open a lane; returns its number. See `protocol.AddLane`."""
+        if len(self.lanes) >= MAX_LANES:
+            raise MoescopeError(f"at most {MAX_LANES} lanes can be open")
+        if fork_of is not None and fork_of not in self.lanes:
+            raise MoescopeError(f"lane {letter(fork_of)} is not open")
+        expression, policies = self._policies(expression)
+        free = [number for number in range(MAX_LANES) if number not in self.lanes]
+        index = next((number for number in free if number not in self._used), free[0])
+        lane = Lane(index, expression, policies)
+        self._reserve(index + 1, max(self._opened[1], 1))
+        if fork_of is not None:
+            source = self.lanes[fork_of]
+            at = source.fed if position is None else min(max(0, position), source.fed)
+            self.interpreter.copy(fork_of, index, at)
+            lane.take_over(source, at)
+        self.interpreter.set_policies(index, policies)
+        self.lanes[index] = lane
+        self._compare_ids(lane)
+        self._changed(lane, "fork" if fork_of is not None else "variant", fork_of=fork_of)
+        if fork_of is not None:
+            self._go_on(lane)
+        return index
+
+    def drop_lane(self, index: int) -> None:
+        lane = self._lane(index)
+        if len(self.lanes) == 1:
+            raise MoescopeError("the last lane cannot be dropped")
+        del self.lanes[index]
+        self.newest.pop(index, None)
+        self.interpreter.truncate(index, 0)
+        self._changed(lane, "note", state="dropped")
+
+    def set_variant(self, index: int, expression: str) -> None:
+        """From the next token on, the lane runs under `expression`."""
+        lane = self._lane(index)
+        lane.expression, lane.policies = self._policies(expression)
+        self.interpreter.set_policies(index, lane.policies)
+        self._changed(lane, "variant")
+
+    def start(self, request: Generate, *, force_ids: Sequence[int] = ()) -> None:
+        """Give every open lane the prompt of `request`; lanes that run are stopped. Where it is
+        refused, lanes and texts stay as they were."""
+        sampling.check(request.sampling)
+        if request.continues and self.sequence >= 0:
+            self.stop()
+            self._continue(request, force_ids)
+            return
+        ids, messages = prompt_of(self.tokenizer, request)
+        self._check_ids([*ids, *force_ids], len(ids))
+        self.stop()
+        self._reserve_for(len(ids), len(force_ids), request)
+        self.sequence += 1
+        self.invalid, self.newest, self._used = "", {}, set(self.lanes)
+        for lane in self.lanes.values():
+            self.interpreter.truncate(lane.index, 0)
+            lane.cut(0)
+            self._begin(lane, [*ids, *force_ids], 0, len(ids), messages, request)
+        self._prompted("prompt", tuple(ids), 0, None, "", request)
+
+    def stop(self) -> None:
+        """Stop every lane after its last fed token. A token drawn and not yet fed is forgotten;
+        going on draws it again."""
+        for lane in self.lanes.values():
+            if lane.running:
+                lane.cut(lane.fed)
+                self._finish(lane, "stopped")
+
+    def close(self) -> None:
+        """Commit the trace. The session is of no use after."""
+        self._note(self.recorder.close())
+
+    # --- the step ---------------------------------------------------------------------------------
+
+    def step(self) -> list[Frame]:
+        """Feed one batch; returns its frames, those of one lane together. [] when nothing runs."""
+        lanes, width = self._batch()
+        if not lanes:
+            return []
+        began = time.monotonic()
+        prefill = lanes[0].fed < lanes[0].start
+        ids = np.array([lane.ids[lane.fed : lane.fed + width] for lane in lanes], np.int64)
+        output = self.interpreter.run(
+            [lane.index for lane in lanes], ids, all_logits=width > 1, record=self.record
+        )
+        frames: list[Frame] = []
+        first: dict[int, Expectation] = {}  # of lane 0 by position, what KL is taken against
+        for row, lane in enumerate(lanes):
+            frames += self._absorb(lane, output, row, width, first)
+        for lane in lanes:
+            self._go_on(lane)
+        self._follow()
+        kind = "prefill" if prefill else "decode"
+        self.timings[f"{kind}_tokens"] += len(frames)
+        self.timings[f"{kind}_seconds"] += time.monotonic() - began
+        return frames
+
+    def _batch(self) -> tuple[list[Lane], int]:
+        """The lanes fed next, and how many tokens of each. Prompts first: lanes fall in step."""
+        waiting = [lane for lane in self.lanes.values() if lane.running and lane.pending]
+        behind = [lane for lane in waiting if lane.pending > 1 or lane.fed < lane.start]
+        if not behind:
+            return waiting, 1
+        room = LOGITS_BYTES // (4 * self.interpreter.vocab_size * len(behind))
+        return behind, min(CHUNK, max(1, room), *(lane.pending for lane in behind))
+
+    def _absorb(
+        self, lane: Lane, output: StepOutput, row: int, width: int, first: dict[int, Expectation]
+    ) -> list[Frame]:
+        """Turn one lane's row of the output into frames, and hand them to the recorder."""
+        frames = []
+        for column in range(width):
+            position = lane.fed
+            routed = not bool(np.isnan(output.score_sum[row, column]).any())
+            after = Expectation.of(output.logits[row, column]) if routed else None
+            if lane.index == 0 and after is not None:
+                first[position] = after
+            frame = self._frame(lane, output, (row, column), after, first.get(position))
+            lane.expected = after
+            frames.append(frame)
+            self._note(self.recorder.frame(frame))
+            if not routed:
+                self._stop_invalid(lane, output.score_sum[row, column])
+                break
+        if lane.expected is not None:  # the row is a view of the whole chunk
+            lane.expected = Expectation(lane.expected.logits.copy(), lane.expected.log_sum)
+        self.newest[lane.index] = frames[-1]
+        return frames
+
+    def _frame(
+        self,
+        lane: Lane,
+        output: StepOutput,
+        at: tuple[int, int],
+        after: Expectation | None,
+        first: Expectation | None,
+    ) -> Frame:
+        position, token = lane.fed, lane.ids[lane.fed]
+        before = lane.expected
+        told = (before.logprob(token), before.rank(token)) if before is not None else None
+        if told is None and position < len(lane.told):
+            told = lane.told[position]
+        lane.told[position:] = [told]
+        lane.like_first = lane.like_first and self._same_as_first(position, token)
+        kl, agrees = None, None
+        if lane.index != 0 and lane.like_first and first is not None and after is not None:
+            kl = sampling.divergence(first, after)
+            agrees = bool(first.logits.argmax() == after.logits.argmax())
+        text = self._text(lane, token)
+        lane.texts.append(text)
+        lane.fed += 1
+        alternatives = after.likeliest() if after is not None else ()
+        self._meet((token, *(i for i, _ in alternatives)))
+        return Frame(
+            sequence=self.sequence,
+            lane=lane.index,
+            position=position,
+            token_id=token,
+            text=text,
+            phase=PREFILL if lane.is_prompt(position) else DECODE,
+            variant=lane.expression,
+            logprob=told[0] if told else None,
+            rank=told[1] if told else None,
+            alternatives=alternatives,
+            kl=kl,
+            top1_agrees=agrees,
+            **_decisions(output, at, self.record),
+        )
+
+    def _go_on(self, lane: Lane) -> None:
+        """After everything given was fed: draw the next token, or finish the lane."""
+        if lane.reason == "invalid_logits":
+            return
+        lane.running = True
+        if lane.pending:
+            return
+        reason = lane.ending(self._end_ids, self.context) if lane.fed > lane.start else ""
+        if not reason and lane.fed == lane.start and lane.sampling.max_new_tokens == 0:
+            reason = "length"
+        if not reason and lane.fed >= self.context:
+            reason = "context"
+        if reason:
+            self._finish(lane, reason)
+        elif lane.expected is None:
+            self._fail(lane, f"sampling stopped: token logits are not finite at token {lane.fed}")
+        elif not (self.same_tokens and lane.index and 0 in self.lanes):
+            self._reserve(self._opened[0], lane.fed + 1)
+            lane.ids.append(sampling.choose(lane.expected, lane.sampling, lane.fed))
+
+    def _follow(self) -> None:
+        """Where lanes are fed the same tokens: give the others what lane 0 drew, or its ending."""
+        leader = self.lanes.get(0)
+        if not self.same_tokens or leader is None:
+            return
+        for lane in self.lanes.values():
+            if lane.index and lane.running and not lane.pending:
+                lane.ids.extend(leader.ids[lane.fed :])
+                if not lane.pending and not leader.running:
+                    self._finish(lane, "stopped")
+
+    def _stop_invalid(self, lane: Lane, score_sum: NDArray[np.float32]) -> None:
+        router = self.interpreter.routers[int(np.flatnonzero(np.isnan(score_sum))[0])]
+        lane.cut(lane.fed)
+        self.interpreter.truncate(lane.index, lane.fed)
+        self._fail(lane, f"layer {router.layer}: router logits are not finite")
+
+    def _fail(self, lane: Lane, message: str) -> None:
+        self.invalid = message
+        at = {"sequence": self.sequence, "message": message}
+        self._tell(TraceEvent("error", at, lane.index, lane.fed))
+        self._events.append(Note(f"lane {letter(lane.index)}: {message}", "error"))
+        self._finish(lane, "invalid_logits")
+
+    def _finish(self, lane: Lane, reason: str) -> None:
+        lane.running, lane.reason = False, reason
+        at = {"sequence": self.sequence, "reason": reason}
+        self._tell(TraceEvent("finished", at, lane.index, lane.fed))
+        self._events.append(Finished(lane.index, lane.fed, reason))
+
+    # --- prompts and turns ------------------------------------------------------------------------
+
+    def _continue(self, request: Generate, force_ids: Sequence[int]) -> None:
+        """A further turn on every lane; each continues its own answer."""
+        plans = []
+        for lane in self.lanes.values():
+            ids, messages = further(self.tokenizer, lane, request, self._end_ids)
+            self._check_ids([*ids, *force_ids], len(ids))
+            plans.append((lane, ids, messages))
+        longest = max(len(ids) for _, ids, _ in plans)
+        self._reserve_for(longest, len(force_ids), request)
+        self._used |= set(self.lanes)
+        alike = len({tuple(ids) for _, ids, _ in plans}) == 1
+        for lane, ids, messages in plans:
+            shared = common_prefix(lane.ids, ids)
+            note = ""
+            if shared < lane.fed:
+                shared = min(shared, len(ids) - 1)
+                note = (
+                    f"the chat rendered anew differs from token {shared} on; re-filled from there"
+                )
+                self.interpreter.truncate(lane.index, shared)
+                lane.cut(shared)
+            self._begin(lane, [*ids, *force_ids], shared, len(ids), messages, request)
+            if not alike or lane.index == min(self.lanes):
+                added = tuple(ids[shared:])
+                which = None if alike else lane.index
+                self._prompted("turn", added, shared, which, note, request)
+
+    def _begin(
+        self,
+        lane: Lane,
+        ids: list[int],
+        begin: int,
+        end: int,
+        messages: Any,
+        request: Generate,
+    ) -> None:
+        """Make ids [begin, end) of `lane` its newest prompt and set it running."""
+        kept = [Turn(t.begin, min(t.end, begin), t.messages) for t in lane.turns if t.begin < begin]
+        lane.turns = (*kept, Turn(begin, end, messages))
+        lane.ids = ids
+        lane.forced_until = len(ids) if len(ids) > end else 0
+        lane.sampling, lane.reason = request.sampling, ""
+        self._compare_ids(lane)
+        self._go_on(lane)
+
+    def _prompted(
+        self,
+        kind: str,
+        ids: tuple[int, ...],
+        position: int,
+        lane: int | None,
+        note: str,
+        request: Generate,
+    ) -> None:
+        chosen = request.sampling
+        data: dict[str, Any] = {
+            "sequence": self.sequence,
+            "prompt_ids": list(ids),
+            "sampling": {field.name: getattr(chosen, field.name) for field in fields(chosen)},
+        }
+        if note:
+            data["note"] = note
+        for index in self.lanes if lane is None else (lane,):
+            self._tell(TraceEvent(kind, data, index, position))
+        piece = self.tokenizer.piece if self.tokenizer else lambda _: ""
+        pieces = tuple(piece(i) for i in ids)
+        self._events.append(Prompted(self.sequence, ids, pieces, note, lane, position))
+
+    def _check_ids(self, ids: Sequence[int], prompt: int) -> None:
+        size = self.interpreter.vocab_size
+        if not prompt:
+            raise MoescopeError("the prompt is empty: expected at least one token")
+        for index, token in enumerate(ids):
+            if not 0 <= token < size:
+                raise MoescopeError(
+                    f"token {index} of the prompt: expected an id from 0 to {size - 1}, "
+                    f"found {token}"
+                )
+        if len(ids) > self.context:
+            raise MoescopeError(
+                f"the prompt has {len(ids)} tokens: expected at most {self.context}",
+                hint="a shorter prompt, or a larger --max-context",
+            )
+
+    # --- small things -----------------------------------------------------------------------------
+
+    def _lane(self, index: int) -> Lane:
+        if index not in self.lanes:
+            raise MoescopeError(f"lane {letter(index)} is not open")
+        return self.lanes[index]
+
+    def _policies(self, expression: str) -> tuple[str, tuple[RouterPolicy, ...]]:
+        from moescope import variants
+
+        expression = variants.canonical(expression)
+        routers, dtype = self.interpreter.routers, self.interpreter.dtype
+        return expression, policies_of(expression, routers, dtype)
+
+    def _reserve_for(self, prompt: int, forced: int, request: Generate) -> None:
+        more = forced or min(request.sampling.max_new_tokens, 2 * ROOM)
+        self._reserve(max(self.lanes) + 1, min(prompt + more, self.context))
+
+    def _reserve(self, lanes: int, tokens: int) -> None:
+        """Room for `tokens` in every lane; grows in steps, never beyond the context."""
+        held, capacity = self._opened
+        if tokens > capacity:  # doubling keeps the copies few
+            tokens = max(tokens, min(2 * capacity, capacity + 4 * ROOM))
+            capacity = min(self.context, -(-tokens // ROOM) * ROOM)
+        wanted = (max(lanes, held), capacity)
+        if wanted == self._opened:
+            return
+        self.interpreter.open(*wanted)
+        self._opened = wanted
+        for lane in self.lanes.values():
+            self.interpreter.set_policies(lane.index, lane.policies)
+
+    def _same_as_first(self, position: int, token: int) -> bool:
+        first = self.lanes.get(0)
+        return first is not None and position < len(first.ids) and first.ids[position] == token
+
+    def _compare_ids(self, lane: Lane) -> None:
+        first = self.lanes.get(0)
+        lane.like_first = first is not None and first.ids[: lane.fed] == lane.ids[: lane.fed]
+
+    def _text(self, lane: Lane, token: int) -> str:
+        """What `token` adds to the lane's text; the last token brings what was held back."""
+        if self.tokenizer is None:
+            return ""
+        if lane.stream is None:
+            lane.stream = self.tokenizer.stream(after=lane.ids[: lane.fed])
+        text = str(lane.stream.push(token))
+        last = lane.fed + 1 == len(lane.ids)
+        if last and lane.fed >= lane.start and lane.ending(self._end_ids, self.context):
+            text += str(lane.stream.flush())
+            lane.stream = None
+        return text
+
+    def _meet(self, ids: Sequence[int]) -> None:
+        if self.tokenizer is None:
+            return
+        fresh = {i: self.tokenizer.piece(i) for i in ids if i not in self._pieces_known}
+        self._pieces_known.update(fresh)
+        self._pieces.update(fresh)
+        self.recorder.pieces(fresh)
+
+    def _changed(
+        self, lane: Lane, kind: str, state: Any = "open", fork_of: int | None = None
+    ) -> None:
+        data: dict[str, Any] = {"sequence": max(self.sequence, 0), "expression": lane.expression}
+        if fork_of is not None:
+            data["fork_of"] = fork_of
+        if state == "dropped":
+            data["text"] = f"lane {letter(lane.index)} dropped"
+        self._tell(TraceEvent(kind, data, lane.index, lane.fed))
+        self._events.append(
+            LaneChanged(lane.index, lane.expression, lane.fed, state=state, fork_of=fork_of)
+        )
+
+    def _tell(self, event: TraceEvent) -> None:
+        self._note(self.recorder.event(event))
+
+    def _note(self, note: Note | None) -> None:
+        if note is not None:
+            self._events.append(note)
+
+
+def open_model(request: LoadRequest, progress: Callable[[Loading], None]) -> tuple[Any, Any]:
+    """Load what `request` names: a `LoadedModel`, and its tokenizer. A model without a tokenizer
+    that can be used has None and a note: prompts are ids then."""
+    from moescope.engine.load import load_model
+    from moescope.engine.tokenizer import Tokenizer
+
+    model = load_model(request, progress)
+    progress(Loading("tokenizer", 0, 0))
+    notes = list(model.facts.get("notes", []))
+    tokenizer = None
+    try:
+        tokenizer = Tokenizer.open(model.checkpoint, model.interpreter.vocab_size)
+        notes += tokenizer.notes
+    except MoescopeError as error:
+        notes.append(error.message)
+    model.facts["notes"] = notes
+    model.facts["has_chat_template"] = tokenizer is not None and tokenizer.has_chat_template
+    source = tokenizer.chat_template_source if tokenizer is not None else ""
+    model.facts["chat_template_source"] = source
+    return model, tokenizer
+
+
+def _decisions(output: StepOutput, at: tuple[int, int], record: RecordLevel) -> dict[str, Any]:
+    """The router decisions of one token, copied out of the batch."""
+    always = ("expert_ids", "score_sum", "mass", "entropy", "margin", "runner_up")
+    found = {name: getattr(output, name)[at].copy() for name in always}
+    if record != "ids":
+        for name in ("weights", "scores"):
+            values = getattr(output, name)
+            found[name] = None if values is None else values[at].copy()
+    if record == "logits" and output.router_logits is not None:
+        found["logits"] = output.router_logits[at].copy()
+    return found
+
+
+def policies_of(expression: str, routers: Sequence[Router], dtype: str) -> tuple[RouterPolicy, ...]:
+    """The policy of each router under `expression`; refuses what edits the wiring."""
+    from moescope import variants
+
+    policies = []
+    for router in routers:
+        spec = variants.apply(expression, router.spec, router.layer).resolved(dtype)
+        for field in fields(spec.wiring):
+            was, now = getattr(router.spec.wiring, field.name), getattr(spec.wiring, field.name)
+            if was != now:
+                raise MoescopeError(
+                    f"{expression}: {field.name}: expected a field of the router's policy, found "
+                    "one that rewires the decoder",
+                    hint="moescope variants, for the fields a running model can change",
+                    code=ExitCode.USAGE,
+                )
+        policies.append(spec.policy)
+    return tuple(policies)
+
+
+def letter(lane: int) -> str:
+    return chr(ord("A") + lane) if 0 <= lane < MAX_LANES else str(lane)
