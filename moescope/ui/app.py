@@ -1,0 +1,209 @@
+"""The terminal application: one engine or one trace, the screens over it, and its endings.
+
+`run` is the entry. The engine's process is started before the terminal is taken; nothing here imports
+torch or a tokenizer. Signals and crashes leave a clean terminal and an exit code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+from textual.app import App, SystemCommand
+from textual.filter import LineFilter
+from textual.screen import Screen
+
+from moescope.demo import CHECKPOINT
+from moescope.engine.protocol import LoadRequest
+from moescope.errors import ExitCode, MoescopeError
+from moescope.safety import printable
+from moescope.ui import keys
+from moescope.ui.find import FindProvider
+from moescope.ui.screens.main import MainScreen
+from moescope.ui.text import ControlFilter
+from moescope.ui.watch import ASK_ABOVE, Watch, watch_trace
+
+NICENESS = 5  # drawing may wait, the engine may not
+Opener = Callable[[Path], Watch]
+
+
+def run(request: LoadRequest | None, replay: Path | None) -> int:
+    """Open the screen on a model, a recorded trace, or (both None) the embedded demo model. Returns
+    the exit code. Raises MoescopeError where a trace cannot be read."""
+    if request is None and replay is None:
+        request = LoadRequest(model=str(CHECKPOINT))
+    # Engines are started from a thread of ordinary priority: a child inherits its starter's.
+    with ThreadPoolExecutor(1) as starter:
+        watch = open_watch(request, replay, starter)
+        with contextlib.suppress(OSError, AttributeError):
+            os.nice(NICENESS)
+        app = MoescopeApp(watch, partial(open_path, starter, request))
+        try:
+            app.run()
+        finally:
+            app.watch.close()
+    return app.return_code or 0
+
+
+def open_watch(request: LoadRequest | None, replay: Path | None, starter: Any) -> Watch:
+    if replay is not None:
+        return watch_trace(replay)
+    assert request is not None
+    from moescope.engine import link
+
+    # A child cannot be spawned while stderr is the application's own.
+    with contextlib.redirect_stderr(sys.__stderr__):
+        watch = Watch(starter.submit(link.start, request).result(), _short(request.model))
+    watch.demo = request.model == str(CHECKPOINT)
+    watch.private = request.trace_path is None
+    return watch
+
+
+def open_path(starter: Any, like: LoadRequest | None, path: Path) -> Watch:
+    """Another model or trace from inside the application, loaded with the options of the first."""
+    if path.suffix == ".moetrace" and path.is_file():
+        return open_watch(None, path, starter)
+    from dataclasses import replace
+
+    request = replace(like or LoadRequest(model=""), model=str(path), trace_path=None)
+    return open_watch(request, None, starter)
+
+
+def _short(model: str) -> str:
+    return "moescope demo" if model == str(CHECKPOINT) else printable(Path(model).name or model, 60)
+
+
+class MoescopeApp(App[int]):
+    """Everything on the screen. `watch` is what it looks at; `opener` finds another."""
+
+    CSS_PATH = "app.tcss"
+    TITLE = "moescope"
+    TOOLTIP_DELAY = 0.15
+    BINDINGS = keys.bindings("app")
+    COMMANDS = App.COMMANDS | {FindProvider}
+
+    def __init__(
+        self, watch: Watch, opener: Opener | None = None, clock: Callable[[], float] | None = None
+    ) -> None:
+        super().__init__()
+        self.watch = watch
+        self.opener = opener
+        self.now = clock
+        self._ended_by: int | None = None
+
+    def get_default_screen(self) -> Screen[Any]:
+        return MainScreen(self.watch, self.now)
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        return [*super().get_line_filters(), ControlFilter()]
+
+    def on_mount(self) -> None:
+        loop = asyncio.get_running_loop()
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None:
+                with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
+                    loop.add_signal_handler(number, self.end_by, number)
+        gc.collect()
+        gc.freeze()
+
+    def end_by(self, number: int) -> None:
+        """A signal asked us to end: put the terminal back, say so in the exit code."""
+        self.exit(return_code=128 + number)
+
+    def action_leave(self) -> None:
+        """End, but ask first where a long recording would be lost."""
+        count = self.watch.unsaved
+        if count <= ASK_ABOVE:
+            self.exit(return_code=self.failure_code())
+            return
+        from moescope.ui.screens.dialogs import ChoiceScreen
+
+        def answered(answer: str | None) -> None:
+            if answer == "save":
+                self.main.action_export()
+            elif answer == "leave":
+                self.exit(return_code=self.failure_code())
+
+        self.push_screen(
+            ChoiceScreen(
+                f"{count:,} recorded tokens are not saved.",
+                (("save", "Save…"), ("leave", "Quit without saving"), ("stay", "Stay")),
+            ),
+            answered,
+        )
+
+    async def action_quit(self) -> None:
+        self.action_leave()
+
+    def action_help_keys(self) -> None:
+        from textual.widgets import HelpPanel
+
+        if self.screen.query(HelpPanel):
+            self.action_hide_help_panel()
+        else:
+            self.action_show_help_panel()
+
+    def failure_code(self) -> int:
+        return self.watch.failed.code if self.watch.failed is not None else 0
+
+    @property
+    def main(self) -> MainScreen:
+        screen = self.screen_stack[0]
+        assert isinstance(screen, MainScreen)
+        return screen
+
+    def change(self, path: Path) -> None:
+        """Leave what is open and open `path`."""
+        if self.opener is None:
+            return
+        try:
+            fresh = self.opener(path)
+        except MoescopeError as error:
+            self.notify(printable(error.message), severity="error", markup=False, timeout=10)
+            return
+        old, self.watch = self.watch, fresh
+        self.main.look_at(fresh)
+        old.close()
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        where = getattr(screen, "KEYS", "main")
+        for key in (*keys.TABLES[where], *keys.APP):
+            if key.palette and screen.check_action(*_parsed(key.action)) is not False:
+                yield SystemCommand(key.label, key.tip or key.label, partial(self._do, key.action))
+        for command in super().get_system_commands(screen):
+            if command.title not in ("Quit", "Keys"):
+                yield command
+
+    async def _do(self, action: str) -> None:
+        target = self.screen if hasattr(self.screen, f"action_{action.split('(')[0]}") else self
+        await self.run_action(action, default_namespace=target)
+
+    def _fatal_error(self) -> None:
+        """A bug of ours: one line and a report, instead of a stack with everybody's values in it."""
+        from moescope import reports
+
+        error = self._exception
+        path = reports.write(error) if error is not None else None
+        kind = type(error).__name__ if error is not None else "unknown error"
+        where = f"; the report is {path}" if path is not None else ""
+        self._return_code = int(ExitCode.BUG)
+        self._exit_renderables.append(Text(f"moescope: a bug of ours ({kind}){where}"))
+        self._close_messages_no_wait()
+
+
+def _parsed(action: str) -> tuple[str, tuple[object, ...]]:
+    from textual.actions import parse
+
+    _, name, parameters = parse(action)
+    return name, parameters

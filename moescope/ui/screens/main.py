@@ -1,0 +1,380 @@
+"""The main screen: map, layer, sums, text and token of one lane, live or replayed.
+
+It asks `Watch` for news at the clock's pace and hands each panel its data from `view.py`; where the
+cursor is lives in `Looking`, what keys do in `MainKeys`, how panels look in their widgets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from textual import events, on
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical
+from textual.timer import Timer
+from textual.widgets import Footer, Input, Label, Static
+
+from moescope.engine import protocol as p
+from moescope.safety import printable
+from moescope.ui import arrange, lines, view
+from moescope.ui.cells import Cells
+from moescope.ui.clock import Clock
+from moescope.ui.looking import Looking
+from moescope.ui.pace import BASE, FULL, Pace
+from moescope.ui.panels import TransportData
+from moescope.ui.screens.main_keys import MainKeys
+from moescope.ui.watch import Watch
+from moescope.ui.widgets.expert_map import ExpertMap
+from moescope.ui.widgets.layer_line import LayerLine
+from moescope.ui.widgets.layer_panel import LayerPanel
+from moescope.ui.widgets.loading_panel import LoadingPanel
+from moescope.ui.widgets.score_plot import ScorePlot
+from moescope.ui.widgets.status_line import StatusLine
+from moescope.ui.widgets.token_panel import TokenPanel
+from moescope.ui.widgets.transcript import Transcript
+from moescope.ui.widgets.transport import Transport
+from moescope.ui.widgets.variant_bar import VariantBar
+
+PLOT_EVERY = 0.3  # seconds, while tokens come
+DEMO_PACE = 16.0  # tokens a second: the embedded model is faster than anybody reads
+CHROME = 4  # rows of status, variants, prompt and footer
+PLACEHOLDER = "press i to type a prompt · / finds L17, E062, @412 or text"
+
+
+class MainScreen(MainKeys):
+    """See the file's docstring."""
+
+    AUTO_FOCUS = ""
+
+    def __init__(self, watch: Watch, now: Callable[[], float] | None = None) -> None:
+        super().__init__()
+        self.watch = watch
+        self.look = Looking(watch)
+        self.pace = Pace()
+        self.playing = False
+        self.clock = Clock()
+        self.now = now or time.monotonic
+        self._cells = Cells()
+        self._drawn: object = None
+        self._plotted = 0.0
+        self._stepped: tuple[object, int] = (None, 0)  # lane and the rows it will have
+        self._timer: Timer | None = None
+
+    def compose(self) -> ComposeResult:
+        yield StatusLine(id="status")
+        yield LoadingPanel(id="loading")
+        yield Static("", id="failed", markup=False)
+        yield Static("", id="small", markup=False)
+        with Horizontal(id="work"):
+            with Vertical(id="left"):
+                yield ExpertMap(id="map")
+                yield LayerPanel(id="layer")
+                yield LayerLine(id="line")
+                yield ScorePlot(id="sums")
+            with Vertical(id="right"):
+                yield Transcript(id="text")
+                yield LayerPanel(id="layer-right")
+                yield TokenPanel(id="token")
+                yield ScorePlot(id="sums-right")
+        yield VariantBar(id="variants")
+        yield Transport(id="transport")
+        with Horizontal(id="ask"):
+            yield Label(">", id="sign")
+            yield Input(placeholder=PLACEHOLDER, id="prompt", compact=True)
+            yield Label("", id="chat", markup=False)
+        yield Footer()
+
+    def on_mount(self) -> None:
+        self.look_at(self.watch)
+
+    # --- the clock
+
+    def _start_clock(self) -> None:
+        if self._timer is not None:
+            self._timer.stop()
+        self.clock.rest()
+        self._timer = self.set_interval(1 / self.clock.rate, self.tick)
+
+    def tick(self) -> None:
+        """One beat: take the news, move what plays, draw what changed."""
+        now = self.now()
+        if self.clock.beat(now):
+            self._start_clock()
+        was_ready = self.watch.table is not None
+        was_live = self.watch.live
+        self.watch.pump()
+        if self.watch.table is not None and not was_ready:
+            self._ready()
+        self._play(now)
+        self._say()
+        if was_live != self.watch.live or not was_ready:
+            self.refresh_bindings()
+        self.draw()
+
+    def _play(self, now: float) -> None:
+        """Advance by what the pace owes: rows of a replay, steps of a live run."""
+        if not self.playing:
+            return
+        due = self.pace.due(now)
+        lane = self.look.lane
+        if self.watch.mode == "replay":
+            if lane is not None and due:
+                self.look.seek(self.look.at + due)
+                self.playing = self.look.at < lane.count - 1
+        elif self.watch.mode == "paused" and lane is not None:
+            if self._stepped[0] is not lane or lane.count >= self._stepped[1]:
+                self.watch.send(p.Step(max(1, due)))
+                self._stepped = (lane, lane.count + max(1, due))
+        elif self.watch.mode == "idle" and self.watch.finished:
+            self.playing = False
+
+    def _say(self) -> None:
+        notes, self.watch.notes[:] = list(self.watch.notes), []
+        for note in notes:
+            severity = {"error": "error", "warning": "warning"}.get(note.kind, "information")
+            self.say(note.text, severity)
+
+    def on_app_blur(self) -> None:
+        self.clock.away = True
+        self._start_clock()
+
+    def on_app_focus(self) -> None:
+        self.clock.away = False
+        self._start_clock()
+
+    def on_screen_suspend(self) -> None:
+        """Covered by another screen: it asks for the news itself, if it wants them."""
+        if self._timer is not None:
+            self._timer.pause()
+
+    def on_screen_resume(self) -> None:
+        if self._timer is not None:
+            self.clock.rest()
+            self.pace.rest()
+            self._timer.resume()
+            self._drawn = None
+            self.draw()
+
+    # --- what is looked at
+
+    def look_at(self, watch: Watch) -> None:
+        """Show another engine or trace."""
+        self.watch, self.look = watch, Looking(watch)
+        self.pace, self.playing = Pace(), False
+        self._drawn, self._cells = None, Cells()
+        self._start_clock()
+        watch.pump()
+        if watch.table is not None:
+            self._ready()
+        self.draw()
+
+    def _ready(self) -> None:
+        """Routers are known now: lay out for them, and begin what begins by itself."""
+        self._place()
+        replay = self.watch.mode == "replay"
+        if replay:
+            self.pace, self.playing = Pace(BASE), True
+            lane = self.look.lane
+            if lane is not None and lane.count:
+                decoding = [i for i in range(lane.count) if lane.phase[i]]
+                self.look.row = decoding[0] if decoding else 0
+        elif self.watch.demo and self.watch.generate is None:
+            self.pace = Pace(DEMO_PACE)
+            self.begin_demo()
+        self.set_class(replay, "-replay")
+        self.refresh_bindings()
+
+    def begin_demo(self) -> None:
+        from moescope.ui.tour import PROMPTS
+
+        self.ask(PROMPTS[0])
+
+    def ask(self, prompt: str) -> None:
+        """Generate from `prompt`, at the pace that is set."""
+        self.watch.ask(prompt, paused=self.pace.rate is not FULL)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.playing = self.pace.rate is not FULL
+        self.pace.rest()
+        self._stepped = (None, 0)
+        self.look.row = None
+
+    # --- drawing
+
+    def on_resize(self, event: events.Resize) -> None:
+        width, height = event.size.width, event.size.height
+        too_small = width < arrange.NEEDS[0] or height < arrange.NEEDS[1]
+        self.set_class(too_small, "-too-small")
+        if too_small:
+            needs = f"needs {arrange.NEEDS[0]}×{arrange.NEEDS[1]}, have {width}×{height}"
+            self.query_one("#small", Static).update(needs)
+        self._place()
+        self._drawn = None
+
+    def _place(self) -> None:
+        table = self.watch.table
+        if table is None:
+            return
+        chart = self.query_one("#map", ExpertMap)
+        chrome = CHROME + (self.watch.mode == "replay")
+        place = arrange.arrange(
+            self.size.width,
+            max(1, self.size.height - chrome),
+            table.count,
+            table.widest,
+            int(table.top_k.max(initial=1)),
+            chart.zoom,
+        )
+        for kind in ("column", "two", "lone"):
+            self.set_class(place.kind == kind, f"-{kind}")
+        self.query_one("#left").styles.width = place.left
+        chart.styles.height = place.map_height
+        for panel in self.query(LayerPanel):
+            panel.styles.height = place.layer_height
+
+    @property
+    def mode(self) -> lines.Mode:
+        """What the status says: a run that is stepped at a pace is running."""
+        mode: lines.Mode = self.watch.mode  # type: ignore[assignment]
+        return "running" if mode == "paused" and self.playing else mode
+
+    def draw(self) -> None:
+        """Show everything that differs from what is shown."""
+        if not self.is_mounted:
+            return
+        watch, look = self.watch, self.look
+        self.set_class(watch.failed is not None, "-failed")
+        self.set_class(watch.table is None and watch.failed is None, "-loading")
+        lane, row = look.lane, look.at
+        rate = (self.pace.rate or watch.rate) if self.playing else watch.rate
+        rate = rate if self.mode in ("running", "replay") else 0.0
+        self.query_one(StatusLine).show(
+            lines.status(watch, self.mode, rate, lane, row, look.address(), self.clock.measured)
+        )
+        if watch.failed is not None:
+            self.query_one("#failed", Static).update(lines.failure(watch.failed))
+        if watch.table is None:
+            self.query_one(LoadingPanel).show(watch.loading)
+            return
+        self._draw_bars()
+        self._draw_text(lane, row)
+        if lane is None or row < 0:
+            self._drawn = None
+            self.query_one(ExpertMap).show(view.empty_map(watch.table, look.cursor))
+        else:
+            self._draw_token(lane, row)
+
+    def _draw_bars(self) -> None:
+        watch, look = self.watch, self.look
+        assert watch.table is not None
+        self.query_one(VariantBar).show(
+            view.variant_bar(
+                watch.table,
+                watch.variants,
+                frozenset(watch.lanes.values()) if watch.mode != "replay" else frozenset(),
+                look.shown,
+            )
+        )
+        template = bool(watch.facts.get("has_chat_template")) and watch.mode != "replay"
+        chat = f" chat {'on' if watch.chat else 'off'} ^t " if template else ""
+        label = self.query_one("#chat", Label)
+        label.display = bool(chat)
+        label.update(chat)
+        if watch.mode == "replay":
+            total = look.lane.count if look.lane is not None else 0
+            self.query_one(Transport).show(
+                TransportData(
+                    max(0, look.at), total, self.playing, self.pace.speed, tuple(sorted(look.marks))
+                )
+            )
+
+    def _draw_text(self, lane: view.Lane | None, row: int) -> None:
+        assert self.watch.table is not None and self.watch.history is not None
+        follow = self.look.row is None
+        at = f"token {int(lane.position[row])}" if lane is not None and row >= 0 else ""
+        self.query_one(Transcript).show(
+            self._cells.data(
+                self.watch.history,
+                self.watch.table,
+                lane,
+                self.look.router,
+                self.look.tint,
+                row if row >= 0 else None,
+                follow,
+                "follow" if follow else at,
+            )
+        )
+
+    def _draw_token(self, lane: view.Lane, row: int) -> None:
+        watch, look, table = self.watch, self.look, self.watch.table
+        assert table is not None and watch.history is not None
+        settled = not self.playing and not watch.live
+        key = (id(lane), row, look.router, look.expert, look.shown, settled, watch.variants)
+        if key == self._drawn:
+            return
+        self._drawn = key
+        decision = look.decision()
+        assert decision is not None
+        counts = view.load_counts(lane, row, table.widest)
+        tokens = min(view.WINDOW, row + 1)
+        self.query_one(ExpertMap).show(view.map_data(table, decision, counts, tokens, look.cursor))
+        line = lines.spec_line(table, look.router, look.shown or lane.variants[row])
+        data = view.layer_data(table, lane, row, decision, counts, look.cursor, line)
+        for panel in self.query(LayerPanel):
+            panel.show(data)
+        self.query_one(LayerLine).show(data)
+        now = self.now()
+        if settled or now - self._plotted >= PLOT_EVERY or now < self._plotted:
+            self._plotted = now
+            plot = view.plot_data(table, lane, row, look.router)
+            for sums in self.query(ScorePlot):
+                sums.show(plot)
+        variants: tuple[str, ...] = ()
+        if settled:
+            logits = watch.history.logits(lane, row)
+            made = view.routers.as_generated(lane, row)
+            token_id = int(lane.token_id[row])
+            variants = view.variant_lines(table, logits, token_id, made, look.lettered()[:4])
+        self.query_one(TokenPanel).show(
+            view.token_data(table, lane, row, watch.history.pieces, variants)
+        )
+
+    # --- what the mouse and the prompt do
+
+    @on(ExpertMap.Picked)
+    def _expert_picked(self, event: ExpertMap.Picked) -> None:
+        self.look.router, self.look.expert = event.router, event.expert
+        self.draw()
+
+    @on(Transcript.Picked)
+    def _token_picked(self, event: Transcript.Picked) -> None:
+        self.look.seek(event.index, following=False)
+        self.draw()
+
+    @on(Transport.Sought)
+    def _sought(self, event: Transport.Sought) -> None:
+        self.look.seek(event.position)
+        self.draw()
+
+    @on(VariantBar.Picked)
+    def _variant_picked(self, event: VariantBar.Picked) -> None:
+        expression = self.look.letter(event.letter)
+        self.look.shown = None if self.look.shown == expression else expression
+        self.draw()
+
+    @on(Input.Submitted, "#prompt")
+    def _prompted(self, event: Input.Submitted) -> None:
+        self.set_focus(None)
+        if event.value and self.watch.table is not None:
+            self.ask(event.value)
+            self.draw()
+
+    def say(self, text: str, severity: str = "information") -> None:
+        self.notify(
+            printable(text, 500),
+            severity=severity,  # type: ignore[arg-type]
+            markup=False,
+            timeout=6,
+        )
