@@ -117,13 +117,12 @@ class Transcript(Panel[TranscriptData], can_focus=True):
 
     def _place(self, moved_cursor: bool) -> bool:
         """Choose the first row in view. Whether it changed."""
-        data, height = self._data, self.size.height
-        assert data is not None
-        top = self._top
+        height, top = self.size.height, self._top
+        cursor = self._data.cursor if self._data is not None else None
         if self._following:
             top = self._last_top
-        elif moved_cursor and data.cursor is not None:
-            rows = self._wrapped.rows_of(data.cursor)
+        elif moved_cursor and cursor is not None:
+            rows = self._wrapped.rows_of(cursor)
             if rows.start < top:
                 top = rows.start
             elif rows.stop > top + height:
