@@ -1,0 +1,161 @@
+"""Families: from a `config.json` to a `DecoderSpec` and a map of tensor names.
+
+`SUPPORTED` is the table; one module per lineage holds the functions it names. A model type that is
+not in it is refused with a sentence that says what is missing and what to use instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from moescope.engine.config import Fields, bad
+from moescope.engine.decoder import DecoderSpec, Layer, MoE, RoutedAttention
+from moescope.engine.families import mixtral, olmo, qwen
+from moescope.engine.families.names import POST_NORM_NAMES, PRE_NORM_NAMES
+from moescope.errors import MoescopeError
+from moescope.safety import single_line
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One supported model type. `keys` renames the words of `parameters.Slot.says` to this
+    config's; `released` is what the published checkpoints do, for lists of families."""
+
+    title: str
+    build: Callable[[Fields], DecoderSpec]
+    names: Mapping[str, tuple[str, ...]]
+    released: str
+    keys: Mapping[str, str]
+
+
+_WIDTH = {"moe_intermediate_size": "intermediate_size"}
+_LOCAL = {**_WIDTH, "num_experts": "num_local_experts"}
+
+SUPPORTED: dict[str, Family] = {
+    "olmoe": Family("OLMoE", olmo.olmoe, PRE_NORM_NAMES, "not renormalised", _WIDTH),
+    "flex_olmo": Family("FlexOlmo", olmo.flex_olmo, POST_NORM_NAMES, "not renormalised", _WIDTH),
+    "qwen2_moe": Family(
+        "Qwen2-MoE", qwen.qwen2_moe, PRE_NORM_NAMES, "not renormalised, gated shared expert", {}
+    ),
+    "qwen3_moe": Family("Qwen3-MoE", qwen.qwen3_moe, PRE_NORM_NAMES, "renormalised", {}),
+    "mixtral": Family("Mixtral", mixtral.mixtral, PRE_NORM_NAMES, "always renormalised", _LOCAL),
+}
+
+# model_type pattern -> what is missing
+REFUSALS: tuple[tuple[str, str], ...] = (
+    ("deepseek_v4*", "hyper-connection / compressed-attention decoder not implemented"),
+    ("deepseek_v41", "hyper-connection / compressed-attention decoder not implemented"),
+    ("hy_v4", "hyper-connection / compressed-attention decoder not implemented"),
+    ("glm5_next", "hyper-connection / compressed-attention decoder not implemented"),
+    ("qwen4_exp*", "hyper-connection / compressed-attention decoder not implemented"),
+    ("inkling*", "hyper-connection / compressed-attention decoder not implemented"),
+    ("minimax", "lightning / KDA linear attention not implemented"),
+    ("bailing_moe_linear", "lightning / KDA linear attention not implemented"),
+    ("kimi_k3", "lightning / KDA linear attention not implemented"),
+    ("ernie4_5_vl_moe*", "text and vision tokens use separate expert sets"),
+    ("switch_transformers", "encoder-decoder"),
+    ("nllb_moe", "encoder-decoder"),
+    ("nllb-moe", "encoder-decoder"),
+    ("diffusion_gemma", "not autoregressive"),
+    ("llada*", "not autoregressive"),
+)
+# Keys by which configs count experts, at any level of one text config.
+_EXPERT_KEYS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_routed_experts",
+    "ffn_config",
+)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config, or a MoescopeError that says why there is none."""
+    model_type = Fields(config).str("model_type")
+    if (found := SUPPORTED.get(model_type)) is not None:
+        if not any(config.get(key) for key in ("num_experts", "num_local_experts")):
+            raise _dense(model_type)
+        return found
+    raise _refusal(model_type, config)
+
+
+def build(config: Mapping[str, Any], model_dtype: str | None = None) -> DecoderSpec:
+    """The decoder a config describes. With `model_dtype`, the routers' dtypes are resolved to it.
+
+    Raises MoescopeError naming the field for anything missing, out of range, or not implemented.
+    """
+    family = family_of(config)
+    fields = Fields(config)
+    for key in ("quantization_config", "quantization", "quant_method"):
+        if config.get(key):
+            raise _quantised(fields, key)
+    try:
+        spec = family.build(fields)
+    except ValueError as error:  # a combination that specs refuse, from values each fine alone
+        raise bad(f"config.json: {single_line(str(error), 200)}") from error
+    if not spec.routers():
+        raise _dense(fields.str("model_type"))
+    return spec if model_dtype is None else resolved(spec, model_dtype)
+
+
+def resolved(spec: DecoderSpec, model_dtype: str) -> DecoderSpec:
+    """`spec` with every router's `model` dtypes replaced."""
+    done: dict[int, Any] = {}
+
+    def of(operator: Any) -> Any:
+        if not isinstance(operator, MoE | RoutedAttention):
+            return operator
+        if id(operator) not in done:
+            done[id(operator)] = replace(operator, router=operator.router.resolved(model_dtype))
+        return done[id(operator)]
+
+    def layer(old: Layer) -> Layer:
+        return replace(
+            old, branches=tuple(replace(b, operator=of(b.operator)) for b in old.branches)
+        )
+
+    return replace(spec, layers=tuple(layer(old) for old in spec.layers))
+
+
+def _refusal(model_type: str, config: Mapping[str, Any]) -> MoescopeError:
+    name = single_line(model_type, 80)
+    for pattern, sentence in REFUSALS:
+        if fnmatchcase(model_type, pattern):
+            return bad(f"{name}: {sentence}", _SUPPORTED_HINT)
+    texts = (config, config.get("text_config"), config.get("llm_config"))
+    counted = any(
+        text.get(key) for text in texts if isinstance(text, Mapping) for key in _EXPERT_KEYS
+    )
+    if "auto_map" in config:
+        return bad(
+            f"{name}: needs the code that its folder brings (auto_map), which moescope never runs",
+            _SUPPORTED_HINT,
+        )
+    if not counted:
+        return _dense(model_type)
+    return bad(f"{name}: not supported by this version; supported: {', '.join(SUPPORTED)}")
+
+
+_SUPPORTED_HINT = "a checkpoint of " + ", ".join(SUPPORTED)
+
+
+def _dense(model_type: str) -> MoescopeError:
+    return bad(
+        f"{single_line(model_type, 80)}: no experts in config: nothing to route",
+        "give a Mixture-of-Experts checkpoint, or run `moescope` alone for the embedded one",
+    )
+
+
+def _quantised(fields: Fields, key: str) -> MoescopeError:
+    block = fields.raw(key)
+    method = block
+    if isinstance(block, Mapping):
+        method = block.get("quant_method") or block.get("mode") or f"{block.get('bits')} bits"
+    return bad(
+        f"config.json: {key}: expected unquantised weights, found {single_line(str(method), 60)}",
+        "the unquantised repository of the same model (bfloat16)",
+    )

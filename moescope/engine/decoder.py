@@ -1,0 +1,405 @@
+"""`DecoderSpec`: a whole decoder as data. No torch, no model types, no tensors.
+
+A layer is an ordered list of branches. A branch reads the residual or a named tap, normalises it,
+applies one operator of a closed table, normalises and scales the result, and adds it to the
+residual or to a tap. Taps start empty in every layer. Interpreters run this; `families` writes it;
+`parameters.py` says which tensors each operator holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+from moescope.kernels.spec import RouterSpec
+
+RESIDUAL = "residual"
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai"]
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Statistics are always float32. `applies` is the dtype the weight is multiplied in: `model`
+    rounds the normalised value first, `float32` rounds once at the end."""
+
+    width: int
+    eps: float = 1e-6
+    kind: Literal["rms", "rms_zero_centred", "layer", "l2"] = "rms"
+    weight: bool = True
+    bias: bool = False
+    applies: Literal["model", "float32"] = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How frequencies are stretched. `attention_factor` multiplies cos and sin."""
+
+    kind: Literal["linear", "yarn", "llama3", "longrope", "proportional", "alpha"]
+    factor: float = 1.0
+    original_context: int = 0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding of the first `dims` of each head."""
+
+    theta: float
+    dims: int
+    style: Literal["half", "interleaved"] = "half"
+    scaling: RopeScaling | None = None
+    applies: Literal["model", "float32"] = "model"  # the dtype cos and sin are multiplied in
+    sections: tuple[int, ...] = ()  # of positions with several axes; text has equal ones
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a lane keeps for one operator: `elements` for each token (of the last `window`, if any),
+    or `elements` in all."""
+
+    name: str
+    growth: Literal["per_token", "fixed"]
+    elements: int
+    window: int = 0
+    dtype: Literal["model", "float32"] = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Softmax attention with grouped keys and values."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None = None
+    window: int = 0  # a query sees the last `window` positions, itself included; 0: all
+    chunk: int = 0  # a query sees its own chunk of positions only; 0: all
+    v_head_dim: int = 0  # 0: head_dim
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Norm | None = None
+    kv_norm: Norm | None = None  # of keys, where its width differs from that of `qk_norm`
+    qk_norm_over: Literal["flat", "per_head"] = "per_head"
+    qk_norm_after_rope: bool = False
+    v_norm: Norm | None = None
+    clip_qkv: float | None = None
+    sinks: bool = False
+    softcap: float = 0.0
+    gate: Literal["none", "in_q_proj", "sigmoid", "sigmoid_per_head", "softplus_per_head"] = "none"
+    keys_are_values: bool = False
+    value_scale: float = 1.0
+    temperature_scale: float = 0.0  # of queries, by log1p(floor((p + 1) / temperature_floor))
+    temperature_floor: int = 0
+    shares_kv_of: int | None = None  # an earlier layer whose keys and values are read
+
+    def state(self) -> tuple[State, ...]:
+        if self.shares_kv_of is not None:
+            return ()
+        width = self.kv_heads * (self.head_dim + (self.v_head_dim or self.head_dim))
+        return (State("kv", "per_token", width, self.window or self.chunk),)
+
+
+@dataclass(frozen=True, slots=True)
+class MLA:
+    """Multi-head latent attention: keys and values expand from one latent row per token."""
+
+    hidden: int
+    heads: int
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    scale: float
+    rope: Rope | None
+    q_lora_rank: int = 0  # 0: queries are projected directly
+    latent_norm: Norm | None = None
+    q_latent_norm: Norm | None = None
+    q_latent_scale: float = 1.0
+    kv_latent_scale: float = 1.0
+    bias: bool = False
+
+    def state(self) -> tuple[State, ...]:
+        return (State("latent", "per_token", self.kv_lora_rank + self.rope_dim),)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearAttention:
+    """Recurrent attention with a matrix state per value head and short convolutions before it."""
+
+    hidden: int
+    kind: Literal["gated_delta", "kda", "lightning"]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_kernel: int
+    out_norm: Norm
+    fused_projections: bool = False  # q, k, v, z in one tensor, interleaved by head
+
+    def state(self) -> tuple[State, ...]:
+        channels = 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+        matrix = self.value_heads * self.key_dim * self.value_dim
+        return (
+            State("convolution", "fixed", channels * self.conv_kernel),
+            State("recurrent", "fixed", matrix, dtype="float32"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpace:
+    """Mamba: a selective state space after a short convolution."""
+
+    hidden: int
+    kind: Literal["mamba1", "mamba2"]
+    inner: int
+    state_size: int
+    conv_kernel: int
+    heads: int = 0  # mamba2
+    head_dim: int = 0
+    groups: int = 1
+    dt_rank: int = 0  # mamba1
+    conv_bias: bool = True
+    bias: bool = False
+    inner_norms: Norm | None = None  # of dt, B and C
+    gated_norm: Norm | None = None
+    dt_floor: float = 0.0
+    dt_ceiling: float = float("inf")
+
+    def state(self) -> tuple[State, ...]:
+        extra = 2 * self.groups * self.state_size if self.kind == "mamba2" else 0
+        return (
+            State("convolution", "fixed", (self.inner + extra) * self.conv_kernel),
+            State("recurrent", "fixed", self.inner * self.state_size, dtype="float32"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ShortConv:
+    """A gated short convolution."""
+
+    hidden: int
+    kernel: int
+    bias: bool = False
+
+    def state(self) -> tuple[State, ...]:
+        return (State("convolution", "fixed", self.hidden * self.kernel),)
+
+
+@dataclass(frozen=True, slots=True)
+class MLP:
+    """A dense feed-forward block, also what a shared expert is."""
+
+    hidden: int
+    width: int
+    activation: Activation = "silu"
+    glu: bool = True
+    bias: bool = False
+    limit: float = 0.0  # clamps gate and up; 0: none
+    limit_site: Literal["before", "after"] = "before"
+
+    def state(self) -> tuple[State, ...]:
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The routed experts of one layer, all alike."""
+
+    width: int
+    activation: Activation = "silu"
+    glu: bool = True
+    bias: bool = False
+    limit: float = 0.0
+    limit_site: Literal["before", "after"] = "before"
+    alpha: float = 1.0
+    up_shift: float = 0.0
+    hidden: int = 0  # their input and output width, where it is not the decoder's
+
+
+@dataclass(frozen=True, slots=True)
+class MoE:
+    """A router and what it routes to."""
+
+    hidden: int
+    router: RouterSpec
+    experts: Experts
+    shared: MLP | None = None
+    output_bias: bool = False  # learned, added after the sum
+
+    def state(self) -> tuple[State, ...]:
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedAttention:
+    """Attention whose query and output projections are experts; keys and values are shared."""
+
+    hidden: int
+    router: RouterSpec
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None
+    output_bias: bool = False
+
+    def state(self) -> tuple[State, ...]:
+        return (State("kv", "per_token", 2 * self.kv_heads * self.head_dim),)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """The identity: carries a tap on, through the norms and the multiplier of its branch."""
+
+    def state(self) -> tuple[State, ...]:
+        return ()
+
+
+Operator = (
+    Attention | MLA | LinearAttention | StateSpace | ShortConv | MLP | MoE | RoutedAttention | Pass
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """`adds_to` += multiplier * post_norm(operator(pre_norm(`reads`))).
+
+    A router whose input is the residual reads what the branch read, before `pre_norm`.
+    """
+
+    name: str  # its tensors are `layers.N.<name>.*`
+    operator: Operator
+    pre_norm: Norm | None = None
+    post_norm: Norm | None = None
+    multiplier: float = 1.0
+    reads: str = RESIDUAL
+    adds_to: str = RESIDUAL
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    branches: tuple[Branch, ...]
+    learned_scale: bool = False  # a scalar tensor that multiplies the residual after the layer
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """A decoder from token ids to logits. `carried` names taps that live on from layer to layer."""
+
+    vocab_size: int
+    hidden: int
+    context: int
+    layers: tuple[Layer, ...]
+    final_norm: Norm | None
+    tied_head: bool = False
+    head_bias: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    carried: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for number, layer in enumerate(self.layers):
+            _check_layer(self, number, layer)
+
+    def operators(self) -> Iterator[tuple[int, Branch]]:
+        """Every branch with its layer number, in execution order."""
+        for number, layer in enumerate(self.layers):
+            for branch in layer.branches:
+                yield number, branch
+
+    def routers(self) -> tuple[tuple[int, str, RouterSpec], ...]:
+        """(layer, branch name, spec) of the L routers, in execution order."""
+        return tuple(
+            (number, branch.name, branch.operator.router)
+            for number, branch in self.operators()
+            if isinstance(branch.operator, MoE | RoutedAttention)
+        )
+
+
+def state_bytes(spec: DecoderSpec, tokens: int, element_size: int) -> int:
+    """Bytes one lane keeps for `tokens` tokens; windows are kept whole (a full cache, masked)."""
+    total = 0
+    for _, branch in spec.operators():
+        for state in branch.operator.state():
+            size = 4 if state.dtype == "float32" else element_size
+            total += size * state.elements * (tokens if state.growth == "per_token" else 1)
+    return total
+
+
+def _check_layer(spec: DecoderSpec, number: int, layer: Layer) -> None:
+    """Wiring mistakes are ours (a family's), so they raise ValueError."""
+    filled = {RESIDUAL, *spec.carried}
+    names: set[str] = set()
+    for branch in layer.branches:
+        where = f"layer {number} branch {branch.name!r}"
+        if branch.name in names:
+            raise ValueError(f"{where}: the name is used twice")
+        if branch.reads not in filled:
+            raise ValueError(f"{where}: reads {branch.reads!r}, which nothing has written yet")
+        hidden = getattr(branch.operator, "hidden", spec.hidden)
+        if hidden != spec.hidden:
+            raise ValueError(f"{where}: hidden {hidden}, the decoder has {spec.hidden}")
+        for norm in (branch.pre_norm, branch.post_norm):
+            if norm is not None and norm.width != spec.hidden:
+                raise ValueError(f"{where}: norm of width {norm.width}, hidden is {spec.hidden}")
+        _check_sizes(branch.operator, where)
+        names.add(branch.name)
+        filled.add(branch.adds_to)
+    if layer.branches and RESIDUAL not in {branch.adds_to for branch in layer.branches}:
+        raise ValueError(f"layer {number}: no branch adds to the residual")
+
+
+def _check_sizes(operator: Operator, where: str) -> None:
+    match operator:
+        case Attention():
+            if operator.heads % operator.kv_heads:
+                raise ValueError(
+                    f"{where}: {operator.heads} heads do not divide over {operator.kv_heads}"
+                )
+            if operator.window and operator.chunk:
+                raise ValueError(f"{where}: window and chunk exclude each other")
+        case LinearAttention():
+            if operator.value_heads % operator.key_heads:
+                raise ValueError(f"{where}: value heads do not divide over key heads")
+        case StateSpace() if operator.kind == "mamba2":
+            if operator.heads * operator.head_dim != operator.inner:
+                raise ValueError(f"{where}: heads × head_dim is not the inner width")
+        case MoE() | RoutedAttention():
+            classes = operator.router.wiring.num_experts + operator.router.wiring.num_null_experts
+            if not 1 <= operator.router.policy.num_experts_per_tok <= classes:
+                raise ValueError(f"{where}: num_experts_per_tok is not in 1..{classes}")
+        case _:
+            pass
+    rope = getattr(operator, "rope", None)
+    if rope is not None and (rope.dims % 2 or rope.dims <= 0):
+        raise ValueError(f"{where}: rope over {rope.dims} dims")
+
+
+def lines(value: Any, indent: str = "") -> list[str]:
+    """A spec as text, fields at their defaults left out; for `inspect` and for tests."""
+    out: list[str] = []
+    for f in fields(value):
+        item = getattr(value, f.name)
+        if item == f.default:
+            continue
+        if is_dataclass(item):
+            out += [f"{indent}{f.name}: {type(item).__name__}", *lines(item, indent + "  ")]
+        elif isinstance(item, tuple) and item and is_dataclass(item[0]):
+            for i, one in enumerate(item):
+                out += [
+                    f"{indent}{f.name}[{i}]: {type(one).__name__}",
+                    *lines(one, indent + "  "),
+                ]
+        else:
+            out.append(f"{indent}{f.name}: {item}")
+    return out

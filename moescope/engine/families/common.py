@@ -1,0 +1,215 @@
+"""What the families share: the parts of a config that mean the same everywhere, read once.
+
+Both dialects of a field are read here (`rope_theta` and `rope_parameters`, `num_experts` and
+`num_local_experts`); values that would change the numbers and are not implemented are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from moescope.engine.config import Fields
+from moescope.engine.decoder import (
+    MLP,
+    Attention,
+    Branch,
+    DecoderSpec,
+    Experts,
+    Layer,
+    MoE,
+    Norm,
+    Operator,
+    Rope,
+    RopeScaling,
+)
+from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
+
+Applies = Literal["model", "float32"]
+SIZE, COUNT = 1 << 20, 4096
+ACTIVATIONS: dict[str, Literal["silu"]] = {"silu": "silu", "swish": "silu"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The fields every config of this kind has."""
+
+    vocab: int
+    hidden: int
+    width: int  # intermediate_size
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    eps: float
+    tied: bool
+
+
+def read_sizes(config: Fields, *, eps: float) -> Sizes:
+    heads = config.int("num_attention_heads", 1, COUNT)
+    kv_heads = config.int("num_key_value_heads", 1, COUNT, heads)
+    hidden = config.int("hidden_size", 1, SIZE)
+    if heads % kv_heads:
+        raise config.error("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
+    if not config.has("head_dim") and hidden % heads:
+        raise config.error("num_attention_heads", f"a divisor of hidden_size {hidden}")
+    head_dim = config.int("head_dim", 2, SIZE, hidden // heads)
+    if head_dim % 2:
+        raise config.error("head_dim", "an even number")
+    return Sizes(
+        vocab=config.int("vocab_size", 1, 1 << 24),
+        hidden=hidden,
+        width=config.int("intermediate_size", 1, SIZE),
+        layers=config.int("num_hidden_layers", 1, 1024),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        context=config.int("max_position_embeddings", 1, 1 << 30, 4096),
+        eps=config.float("rms_norm_eps", 0.0, 1.0, default=eps),
+        tied=config.bool("tie_word_embeddings", False),
+    )
+
+
+def read_rope(
+    config: Fields, sizes: Sizes, *, usual_theta: float = 10000.0, applies: Applies = "model"
+) -> Rope:
+    """Rotary embedding from `rope_parameters`, or from `rope_theta` and `rope_scaling`.
+
+    Where the config gives no base and the family's own default is not the usual 10000, it is
+    refused: a program that filled in 10000 would be fluent and wrong.
+    """
+    source = config.fields("rope_parameters") or config.fields("rope_scaling")
+    theta = source.float("rope_theta", 1.0, 1e15, default=None) if source else None
+    if theta is None:
+        theta = config.float("rope_theta", 1.0, 1e15, default=None)
+    if theta is None:
+        if usual_theta != 10000.0:
+            raise config.error("rope_theta", f"a number (this family's usual is {usual_theta:g})")
+        theta = usual_theta
+    for holder in (config, source):
+        if holder is not None and holder.float("partial_rotary_factor", default=1.0) != 1.0:
+            raise holder.error("partial_rotary_factor", "1 for this model type")
+    scaling = None if source is None else _read_scaling(source, config, sizes)
+    return Rope(theta, sizes.head_dim, scaling=scaling, applies=applies)
+
+
+def _read_scaling(source: Fields, config: Fields, sizes: Sizes) -> RopeScaling | None:
+    kind = source.str(("rope_type", "type"), ("default", "linear", "yarn"), default="default")
+    if kind == "default":
+        return None
+    factor = source.float("factor", 1e-3, 1e6)
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    original = config.int("original_max_position_embeddings", 1, 1 << 30, None)
+    if original is None:
+        original = source.int("original_max_position_embeddings", 1, 1 << 30, sizes.context)
+    return RopeScaling(
+        "yarn",
+        factor,
+        original,
+        attention_factor=_yarn_attention_factor(source, factor),
+        beta_fast=source.float("beta_fast", 0.0, 1e6, default=0.0) or 32.0,
+        beta_slow=source.float("beta_slow", 0.0, 1e6, default=0.0) or 1.0,
+        truncate=source.bool("truncate", True),
+    )
+
+
+def _yarn_attention_factor(source: Fields, factor: float) -> float:
+    """arXiv 2309.00071, equation 22, and the mscale pair that DeepSeek added."""
+    given = source.float("attention_factor", 0.0, 1e6, default=None)
+    if given is not None:
+        return given
+
+    def of(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    mscale = source.float("mscale", 0.0, 1e6, default=0.0)
+    all_dims = source.float("mscale_all_dim", 0.0, 1e6, default=0.0)
+    return of(mscale) / of(all_dims) if mscale and all_dims else of(1.0)
+
+
+def attention(
+    sizes: Sizes,
+    rope: Rope,
+    *,
+    window: int = 0,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    qk_norm: Literal["none", "flat", "per_head"] = "none",
+    norm_applies: Applies = "model",
+    clip_qkv: float | None = None,
+) -> Attention:
+    """Grouped attention with the usual scale; `flat` norms run over all heads at once."""
+    heads = {"none": (0, 0), "flat": (sizes.heads, sizes.kv_heads), "per_head": (1, 1)}[qk_norm]
+    q_norm, k_norm = (
+        Norm(count * sizes.head_dim, sizes.eps, applies=norm_applies) if count else None
+        for count in heads
+    )
+    return Attention(
+        hidden=sizes.hidden,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        scale=sizes.head_dim**-0.5,
+        rope=rope,
+        window=window,
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
+        qk_norm=q_norm,
+        kv_norm=k_norm if k_norm != q_norm else None,
+        qk_norm_over="flat" if qk_norm == "flat" else "per_head",
+        clip_qkv=clip_qkv,
+    )
+
+
+def softmax_router(
+    config: Fields, *, renormalises: bool | None = None, combine: Applies = "model", shared: int = 0
+) -> RouterSpec:
+    """Softmax over all experts, then top-k. `renormalises` None: by `norm_topk_prob`.
+
+    The gate's product and the logits are in the model's dtype, the softmax in float32
+    (transformers: OlmoeTopKRouter and its copies; MixtralTopKRouter leaves the weights float32).
+    """
+    experts = config.int(("num_experts", "num_local_experts"), 1, COUNT)
+    chosen = config.int("num_experts_per_tok", 1, 64)
+    if chosen > experts:
+        raise config.error("num_experts_per_tok", f"at most num_experts {experts}")
+    if renormalises is None:
+        renormalises = config.bool("norm_topk_prob", False)
+    return RouterSpec(
+        RouterPolicy(chosen, logits_dtype="model", norm_topk_prob=renormalises),
+        RouterWiring(
+            experts,
+            combine_dtype=combine,
+            shared_experts=shared,
+            shared_expert_gate="sigmoid" if shared else "none",
+        ),
+    )
+
+
+def read_activation(config: Fields) -> Literal["silu"]:
+    return ACTIVATIONS[config.str("hidden_act", tuple(ACTIVATIONS), default="silu")]
+
+
+def pre_norm_layer(sizes: Sizes, mixer: Attention, feed_forward: MoE | MLP) -> Layer:
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    norm = Norm(sizes.hidden, sizes.eps)
+    blocks: tuple[tuple[str, Operator], ...] = (("attention", mixer), ("mlp", feed_forward))
+    return Layer(tuple(Branch(name, op, pre_norm=norm) for name, op in blocks))
+
+
+def decoder(sizes: Sizes, layers: list[Layer], *, applies: Applies = "model") -> DecoderSpec:
+    return DecoderSpec(
+        vocab_size=sizes.vocab,
+        hidden=sizes.hidden,
+        context=sizes.context,
+        layers=tuple(layers),
+        final_norm=Norm(sizes.hidden, sizes.eps, applies=applies),
+        tied_head=sizes.tied,
+    )
+
+
+def experts(config: Fields, width: int) -> Experts:
+    return Experts(width, read_activation(config))

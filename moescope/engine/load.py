@@ -1,0 +1,302 @@
+"""From a request to a running model: device and dtype chosen, memory checked, tensors filled.
+
+Everything that can be wrong is found before the first tensor is read: headers, config, the place of
+every tensor, and whether weights and cache fit. Tensors are then read one by one into their final
+place (experts into one tensor per layer), so that little more than the weights is ever held.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from moescope.engine import families, parameters
+from moescope.engine.checkpoint import Checkpoint
+from moescope.engine.decoder import DecoderSpec, state_bytes
+from moescope.engine.families.names import Piece, Plan, place
+from moescope.engine.protocol import Loading, LoadRequest
+from moescope.errors import ExitCode, MoescopeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moescope.engine.interpreter import Interpreter
+
+Progress = Callable[[Loading], None]
+SMALL = 1_000_000_000  # bytes of weights below which a CPU runs in float32
+RESERVE = 0.02  # of the weights: buffers, logits, the allocator's rounding
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_REPORT_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A model ready to run. `memory` is in bytes: weights, cache, needed, free, and peak while
+    loading; `facts` is what a screen prints (`protocol.Loaded`)."""
+
+    interpreter: Interpreter
+    spec: DecoderSpec
+    checkpoint: Checkpoint
+    facts: dict[str, Any]
+    memory: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inspected:
+    """What can be said of a checkpoint without reading a weight."""
+
+    checkpoint: Checkpoint
+    family: families.Family
+    spec: DecoderSpec  # dtypes resolved
+    plan: Plan
+    device: str
+    dtype: str
+    memory: dict[str, int]
+    facts: dict[str, Any]
+
+
+def load_model(request: LoadRequest, progress: Progress = lambda event: None) -> LoadedModel:
+    """Load `request.model` and open one lane of `request.max_context` tokens at most.
+
+    Raises MoescopeError: CHECKPOINT for a file at fault or a model that is not supported, RESOURCES
+    where weights and cache do not fit into free memory, USAGE for a device that is not there.
+    """
+    progress(Loading("checking", 0, 0, "config.json and the header of every shard"))
+    found = inspect(request)
+    try:
+        check_memory(found.memory)
+        weights, notes = _read(found, progress)
+    finally:
+        found.checkpoint.close()
+    progress(Loading("preparing", 0, 0, "cache and kernels"))
+    interpreter = _interpreter(found, weights)
+    interpreter.open(1, found.memory["cache_tokens"])
+    found.facts["notes"] = [*found.checkpoint.notes, *notes]
+    found.facts["kernels"] = dict(interpreter.kernels)
+    return LoadedModel(interpreter, found.spec, found.checkpoint, found.facts, found.memory)
+
+
+def inspect(request: LoadRequest) -> Inspected:
+    """Check a checkpoint and compute the memory it needs; reads no weights. The caller closes
+    `.checkpoint`."""
+    device = choose_device(request.device)
+    checkpoint = Checkpoint.open(request.model)
+    try:
+        family = families.family_of(checkpoint.config)
+        spec = families.build(checkpoint.config)
+        plan = place(spec, family.names, family.keys, checkpoint.tensors)
+        dtype = choose_dtype(request.dtype, device, checkpoint, plan)
+        spec = families.resolved(spec, dtype)
+        memory = memory_needed(spec, dtype, device, request.max_context)
+        facts = _facts(checkpoint, family, spec, plan, device, dtype, memory)
+        return Inspected(checkpoint, family, spec, plan, device, dtype, memory, facts)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def choose_device(wanted: str) -> str:
+    """`auto` is CUDA where torch has it, else the CPU."""
+    import torch
+
+    if wanted == "mlx":
+        raise MoescopeError(
+            "device mlx: this version has no Metal interpreter yet", hint="--device cpu"
+        )
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise MoescopeError(f"device: expected auto, cpu, cuda or mlx, found {wanted[:20]!r}")
+    usable = torch.cuda.is_available()
+    if wanted == "cuda" and not usable:
+        raise MoescopeError(
+            "device cuda: torch finds no CUDA device here",
+            hint="--device cpu, or a torch built for CUDA",
+        )
+    return "cuda" if usable and wanted != "cpu" else "cpu"
+
+
+def choose_dtype(wanted: str, device: str, checkpoint: Checkpoint, plan: Plan) -> str:
+    """`auto` is the dtype most of the weights are stored in. On a CPU, small models (under 1 GB)
+    run in float32: it holds every stored value, and there bfloat16 saves no time worth having."""
+    if wanted in ITEM_BYTES:
+        return wanted
+    if wanted != "auto":
+        expected = "auto, float32, bfloat16 or float16"
+        raise MoescopeError(f"dtype: expected {expected}, found {wanted[:20]!r}")
+    sizes: dict[str, int] = {}
+    for placement in plan.placements:
+        for piece in placement.pieces:
+            stored = checkpoint.tensors[piece.source].dtype
+            if stored not in _STORED:
+                raise MoescopeError(
+                    f"{checkpoint.tensors[piece.source].shard}: {piece.source}: expected "
+                    f"F32, BF16 or F16, found {stored}",
+                    hint="the unquantised repository of the same model (bfloat16)",
+                    code=ExitCode.CHECKPOINT,
+                )
+            sizes[stored] = sizes.get(stored, 0) + prod(piece.shape)
+    stored = _STORED[max(sizes, key=lambda kind: sizes[kind])]
+    total = sum(prod(placement.shape) for placement in plan.placements)
+    small = total * ITEM_BYTES[stored] < SMALL
+    return "float32" if device == "cpu" and small else stored
+
+
+def memory_needed(spec: DecoderSpec, dtype: str, device: str, max_context: int) -> dict[str, int]:
+    """Bytes for one lane of `max_context` tokens (at most the model's own context)."""
+    weights = parameters.count(spec) * ITEM_BYTES[dtype]
+    tokens = min(max_context, spec.context)
+    cache = state_bytes(spec, tokens, ITEM_BYTES[dtype])
+    return {
+        "weights": weights,
+        "cache": cache,
+        "cache_tokens": tokens,
+        "needed": int(weights * (1 + RESERVE)) + cache,
+        "free": free_bytes(device),
+    }
+
+
+def check_memory(memory: dict[str, int]) -> None:
+    """Raise RESOURCES where the model does not fit."""
+    if memory["needed"] > memory["free"]:
+        raise out_of_memory(memory)
+
+
+def out_of_memory(memory: dict[str, int]) -> MoescopeError:
+    gb = {name: f"{size / 1e9:.1f}" for name, size in memory.items()}
+    return MoescopeError(
+        f"needs {gb['needed']} GB (weights {gb['weights']} + cache {gb['cache']}); "
+        f"free {gb['free']} GB",
+        hint="a smaller model, a shorter context, --dtype bfloat16, or end other programs",
+        code=ExitCode.RESOURCES,
+    )
+
+
+def free_bytes(device: str) -> int:
+    """Memory that can still be taken: of the GPU, or of this machine and its control group."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    found = [size for size in (_available(), _left_in_group()) if size is not None]
+    if found:
+        return min(found)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _available() -> int | None:
+    """What Linux says can be had without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _left_in_group() -> int | None:
+    """What a container's limit leaves (control groups, version 2)."""
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+            most = int(limit.read())
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as used:
+            return max(0, most - int(used.read()))
+    except (OSError, ValueError):
+        return None
+
+
+class _Reporter:
+    """Progress in bytes, at most twenty times a second."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+        self.what, self.last = "", 0.0
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.last >= _REPORT_SECONDS or self.done >= self.total:
+            self.last = now
+            self.progress(Loading("reading", self.done, self.total, self.what))
+
+
+def _read(found: Inspected, progress: Progress) -> tuple[dict[str, Tensor], list[str]]:
+    """Fill every tensor of the plan; notes say what is odd about the routers' numbers."""
+    checkpoint = found.checkpoint
+    pieces = [piece for placement in found.plan.placements for piece in placement.pieces]
+    report = _Reporter(progress, sum(checkpoint.tensors[piece.source].nbytes for piece in pieces))
+    weights: dict[str, Tensor] = {}
+    notes: list[str] = []
+    for placement in found.plan.placements:
+        target = _empty(placement.shape, found)
+        for piece in placement.pieces:
+            report.what = checkpoint.tensors[piece.source].shard
+            checkpoint.read_torch(piece.source, out=_rows(target, piece), progress=report)
+        if placement.target.split(".")[-2] == "gate" and (bad := _non_finite(target)):
+            layer = placement.target.split(".")[1]
+            notes.append(f"layer {layer}: the router holds {bad} values that are not finite")
+        weights[placement.target] = target
+    checkpoint.verify_unchanged()
+    return weights, notes
+
+
+def _empty(shape: tuple[int, ...], found: Inspected) -> Tensor:
+    import torch
+
+    try:
+        return torch.empty(shape, dtype=getattr(torch, found.dtype), device=found.device)
+    except (RuntimeError, MemoryError) as error:
+        raise out_of_memory({**found.memory, "free": free_bytes(found.device)}) from error
+
+
+def _rows(target: Tensor, piece: Piece) -> Tensor:
+    """The part of `target` that a piece fills: rows of one expert's matrix, or of all experts'."""
+    if piece.expert is not None:
+        return target[piece.expert, piece.start : piece.stop]
+    if len(piece.shape) == 3:
+        return target[:, piece.start : piece.stop]
+    return target[piece.start : piece.stop]
+
+
+def _non_finite(tensor: Tensor) -> int:
+    return int((~tensor.isfinite()).sum())
+
+
+def _interpreter(found: Inspected, weights: dict[str, Tensor]) -> Interpreter:
+    from moescope.engine.torch_decoder import TorchDecoder
+
+    return TorchDecoder(found.spec, weights, device=found.device, dtype=found.dtype)
+
+
+def _facts(
+    checkpoint: Checkpoint,
+    family: families.Family,
+    spec: DecoderSpec,
+    plan: Plan,
+    device: str,
+    dtype: str,
+    memory: dict[str, int],
+) -> dict[str, Any]:
+    return {
+        "name": checkpoint.name,
+        "family": family.title,
+        "model_type": checkpoint.config["model_type"],
+        "num_layers": len(spec.layers),
+        "num_routers": len(spec.routers()),
+        "device": device,
+        "dtype": dtype,
+        "weights_bytes": memory["weights"],
+        "cache_bytes": memory["cache"],
+        "parameters": parameters.count(spec),
+        "active_parameters": parameters.count_active(spec),
+        "context": spec.context,
+        "vocab_size": spec.vocab_size,
+        "layout": ", ".join(plan.layouts),
+        "unused_tensors": len(plan.unused),
+        "notes": list(checkpoint.notes),
+    }
