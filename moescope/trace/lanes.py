@@ -36,7 +36,8 @@ def pieces(events: Iterable[TraceEvent]) -> dict[int, str]:
     found: dict[int, str] = {}
     for event in events:
         if event.kind == "pieces":
-            for token_id, text in event.data.items():
+            texts = event.data.get("pieces", {})
+            for token_id, text in texts.items() if isinstance(texts, dict) else ():
                 if token_id.isascii() and token_id.isdigit() and isinstance(text, str):
                     found[int(token_id)] = text
     return found

@@ -34,7 +34,7 @@ CHUNK_BYTES = 24 << 20  # a chunk of large frames is cut earlier, so that no col
 QUEUE_BYTES = 32 << 20  # waiting for the writer thread; when full, `append` waits
 QUEUE_ITEMS = 512
 PREFILL_FRAMES, PREFILL_S = 16, 0.050
-CLOSE_PATIENCE_S = 1.0  # for live readers to notice the end, so that one file is left
+CLOSE_PATIENCE_S = 0.25  # for live readers to notice the end; else the last of them tidies up
 FREED_SHARE = 0.05  # of the limit, freed at once: not every chunk shall begin by making room
 
 
