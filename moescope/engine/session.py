@@ -132,6 +132,8 @@ class Session:
             at = source.fed if position is None else min(max(0, position), source.fed)
             self.interpreter.copy(fork_of, index, at)
             lane.take_over(source, at)
+        else:
+            self.interpreter.truncate(index, 0)
         self.interpreter.set_policies(index, policies)
         self.lanes[index] = lane
         self._compare_ids(lane)
@@ -152,8 +154,9 @@ class Session:
     def set_variant(self, index: int, expression: str) -> None:
         """From the next token on, the lane runs under `expression`."""
         lane = self._lane(index)
-        lane.expression, lane.policies = self._policies(expression)
-        self.interpreter.set_policies(index, lane.policies)
+        expression, policies = self._policies(expression)
+        self.interpreter.set_policies(index, policies)
+        lane.expression, lane.policies = expression, policies
         self._changed(lane, "variant")
 
     def start(self, request: Generate, *, force_ids: Sequence[int] = ()) -> None:

@@ -1,0 +1,336 @@
+"""Two lanes side by side: where they part, and how far their routers agree.
+
+Pure functions over frames, and `Pairing`, which takes frames as they come at some 100 µs each.
+Frames are compared at equal positions. While both lanes were fed the same ids, what differs is the
+routers' doing; after that lanes read different texts, and their figures are kept apart as
+compounded. Letters: L routers, A and B picks of the two lanes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.engine.protocol import Generate
+from moescope.trace.frames import Frame, RouterInfo
+
+# Sums over tokens that an agreement is made of; each row counts L routers.
+_SUMS = (
+    *("tokens", "same_set", "same_order", "overlap", "same_top1"),
+    *("weight_tokens", "weight_difference", "score_sum_a", "score_sum_b"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The first decision that differs: another set of experts for the same input ids."""
+
+    position: int
+    router: int  # index among the routers
+    layer: int
+    margin_a: float | None  # how close lane A's decision was
+    margin_b: float | None
+    experts_a: tuple[int, ...]
+    experts_b: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Means over tokens, of one router or of all. None where nothing was compared."""
+
+    tokens: int
+    same_set: float | None = None  # share of tokens with the same set of experts
+    same_order: float | None = None
+    overlap: float | None = None  # experts both chose, of the larger number chosen
+    same_top1: float | None = None
+    weight_difference: float | None = None  # mean |difference| over experts either chose
+    score_sum_a: float | None = None
+    score_sum_b: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreements:
+    """`all` over every router and token; `routers` one each, in their order."""
+
+    all: Agreement
+    routers: tuple[Agreement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Lane `lane_b` against lane `lane_a`."""
+
+    lane_a: int
+    lane_b: int
+    variant_a: str
+    variant_b: str
+    layers: tuple[int, ...]
+    tokens: int  # compared: positions both lanes have a frame for
+    ids_part_at: int | None  # the first position whose ids differ; None: they never do
+    first_divergence: Divergence | None
+    same_ids: Agreements  # while both were fed the same ids
+    compounded: Agreements  # after that
+    kl_tokens: int
+    kl_mean: float | None  # nats, of next-token distributions, where recorded
+    kl_max: float | None
+    top1_agrees: float | None  # share of tokens with the same most likely next token
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; what is not a finite number is null."""
+        document: dict[str, Any] = _plain(self)
+        return document
+
+
+class Pairing:
+    """Compares two lanes of one sequence as their frames come, in any order."""
+
+    def __init__(self, lane_a: int, lane_b: int, layers: Sequence[int]) -> None:
+        self.lanes = (lane_a, lane_b)
+        self.layers = tuple(layers)
+        self.variants = ["", ""]
+        self.first: Divergence | None = None
+        self.ids_part_at: int | None = None
+        self.tokens = 0
+        self._sums = np.zeros((2, len(_SUMS), len(self.layers)))  # same ids, compounded
+        self._waiting: tuple[dict[int, Frame], dict[int, Frame]] = ({}, {})
+        self._kl: list[float] = []
+        self._top1 = [0, 0]  # agreed, compared
+
+    def feed(self, frame: Frame) -> None:
+        """Take a frame; one of another lane is passed over."""
+        if frame.lane not in self.lanes:
+            return
+        side = self.lanes.index(frame.lane)
+        partner = self._waiting[1 - side].pop(frame.position, None)
+        if partner is None:  # logits are large and not looked at
+            self._waiting[side][frame.position] = replace(frame, logits=None, alternatives=())
+            return
+        self._compare(*((partner, frame) if side else (frame, partner)))
+
+    def result(self) -> Comparison:
+        """What was found so far."""
+        same, compounded = (_agreements(sums) for sums in self._sums)
+        finite = [value for value in self._kl if math.isfinite(value)]
+        return Comparison(
+            lane_a=self.lanes[0],
+            lane_b=self.lanes[1],
+            variant_a=self.variants[0],
+            variant_b=self.variants[1],
+            layers=self.layers,
+            tokens=self.tokens,
+            ids_part_at=self.ids_part_at,
+            first_divergence=self.first,
+            same_ids=same,
+            compounded=compounded,
+            kl_tokens=len(self._kl),
+            kl_mean=sum(finite) / len(finite) if finite else None,
+            kl_max=max(self._kl, default=None),
+            top1_agrees=self._top1[0] / self._top1[1] if self._top1[1] else None,
+        )
+
+    def _compare(self, a: Frame, b: Frame) -> None:
+        self.variants = [a.variant, b.variant]
+        self.tokens += 1
+        known = self.ids_part_at is not None and a.position >= self.ids_part_at
+        if a.token_id != b.token_id and not known:
+            self.ids_part_at = a.position
+        apart = known or a.token_id != b.token_id
+        found = decisions(a, b)
+        self._sums[int(apart)] += np.stack([found[name] for name in _SUMS])
+        differs = (found["tokens"] > 0) & (found["same_set"] == 0)
+        if not apart and differs.any():
+            self._diverged(a, b, int(differs.argmax()))
+        if b.kl is not None and not apart:
+            self._kl.append(b.kl)
+        if b.top1_agrees is not None and not apart:
+            self._top1[0] += b.top1_agrees
+            self._top1[1] += 1
+
+    def _diverged(self, a: Frame, b: Frame, router: int) -> None:
+        if self.first is not None and self.first.position <= a.position:
+            return
+        self.first = Divergence(
+            position=a.position,
+            router=router,
+            layer=self.layers[router],
+            margin_a=_number(a.margin[router]),
+            margin_b=_number(b.margin[router]),
+            experts_a=tuple(int(e) for e in a.expert_ids[router] if e >= 0),
+            experts_b=tuple(int(e) for e in b.expert_ids[router] if e >= 0),
+        )
+
+
+def decisions(a: Frame, b: Frame) -> dict[str, NDArray[np.float64]]:
+    """How each router's decision in `a` agrees with that in `b`: `_SUMS` for one token, each [L].
+
+    A router that decided nothing valid in either frame counts nowhere.
+    """
+    ids_a, ids_b = a.expert_ids, b.expert_ids
+    used_a, used_b = ids_a >= 0, ids_b >= 0
+    match = (ids_a[:, :, None] == ids_b[:, None, :]) & used_a[:, :, None]  # [L, A, B]
+    count_a, count_b = used_a.sum(1), used_b.sum(1)
+    shared = match.sum((1, 2))
+    larger = np.maximum(count_a, count_b)
+    valid = (count_a > 0) & (count_b > 0)
+    width = min(ids_a.shape[1], ids_b.shape[1])
+    in_order = (ids_a[:, :width] == ids_b[:, :width]).all(1) & (count_a == count_b)
+    found = {
+        "tokens": valid,
+        "same_set": valid & (shared == larger),
+        "same_order": valid & in_order,
+        "overlap": np.where(valid, shared / np.maximum(larger, 1), 0.0),
+        "same_top1": valid & (ids_a[:, 0] == ids_b[:, 0]),
+        "score_sum_a": np.where(valid, a.score_sum, 0.0),
+        "score_sum_b": np.where(valid, b.score_sum, 0.0),
+        "weight_tokens": np.zeros(len(ids_a)),
+        "weight_difference": np.zeros(len(ids_a)),
+    }
+    if a.weights is not None and b.weights is not None:
+        of_b = (match * b.weights[:, None, :]).sum(2)  # what B gave A's experts
+        distance = (np.abs(a.weights - of_b) * used_a).sum(1)
+        distance += (np.abs(b.weights) * (used_b & ~match.any(1))).sum(1)
+        union = np.maximum(count_a + count_b - shared, 1)
+        found["weight_tokens"] = valid.astype(float)
+        found["weight_difference"] = np.where(valid, distance / union, 0.0)
+    return {name: np.asarray(value, np.float64) for name, value in found.items()}
+
+
+def compare_lanes(
+    lanes: Mapping[int, Iterable[Frame]], routers: Sequence[RouterInfo] | Sequence[int]
+) -> tuple[Comparison, ...]:
+    """Every lane but the first against the first. `lanes` are frames of one sequence by lane;
+    `routers` say which layer each router is in (or are those layers)."""
+    layers = [router.layer if isinstance(router, RouterInfo) else router for router in routers]
+    held = {lane: list(frames) for lane, frames in sorted(lanes.items())}
+    if not held:
+        return ()
+    first, *others = held
+    pairings = [Pairing(first, other, layers) for other in others]
+    for pairing in pairings:
+        for frame in (*held[first], *held[pairing.lanes[1]]):
+            pairing.feed(frame)
+    return tuple(pairing.result() for pairing in pairings)
+
+
+def first_divergence(
+    lanes: Mapping[int, Iterable[Frame]], routers: Sequence[RouterInfo] | Sequence[int]
+) -> Divergence | None:
+    """The earliest divergence of any lane from the first one."""
+    found = [c.first_divergence for c in compare_lanes(lanes, routers)]
+    return min(
+        (d for d in found if d is not None), key=lambda d: (d.position, d.router), default=None
+    )
+
+
+def _agreements(sums: NDArray[np.float64]) -> Agreements:
+    return Agreements(
+        all=_agreement(sums.sum(1), sums.shape[1]),
+        routers=tuple(_agreement(column, 1) for column in sums.T),
+    )
+
+
+def _agreement(sums: NDArray[np.float64], routers: int) -> Agreement:
+    values = dict(zip(_SUMS, sums.tolist(), strict=True))
+    decided, weighed = values.pop("tokens"), values.pop("weight_tokens")
+    if not decided:
+        return Agreement(0)
+    difference = values.pop("weight_difference")
+    return Agreement(
+        tokens=round(decided / max(routers, 1)),
+        weight_difference=difference / weighed if weighed else None,
+        **{name: value / decided for name, value in values.items()},
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return _number(value) if isinstance(value, float) else value
+
+
+# --- running a comparison -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LaneResult:
+    """What one lane wrote."""
+
+    lane: int
+    variant: str
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CompareRun:
+    lanes: tuple[LaneResult, ...]
+    comparisons: tuple[Comparison, ...]
+    invalid: str  # the message, where generation met logits that are not finite
+
+    def to_json(self) -> dict[str, Any]:
+        document: dict[str, Any] = _plain(self)
+        return document
+
+
+def run_compare(
+    model: Any,
+    tokenizer: Any,
+    variants: Sequence[str],
+    request: Generate,
+    *,
+    teacher_forced: bool = False,
+    force_ids: Sequence[int] = (),
+    writer: Any = None,
+    max_context: int = 4096,
+    watch: Callable[[Frame], None] | None = None,
+) -> CompareRun:
+    """Run `request` under each variant as lanes of one batch and compare them with the first.
+
+    `teacher_forced` feeds every lane what the first one draws; `force_ids` feeds all of them these
+    ids after the prompt. `watch` sees each frame as it is made.
+    """
+    from moescope.engine.session import Session
+
+    session = Session(
+        model,
+        tokenizer,
+        writer,
+        record=writer.meta.record if writer is not None else "weights",
+        max_context=max_context,
+        variants=variants,
+        same_tokens=teacher_forced,
+    )
+    layers = [router.layer for router in model.interpreter.routers]
+    first, *others = sorted(session.lanes)
+    pairings = [Pairing(first, other, layers) for other in others]
+    for frame in session.generate(request, force_ids=force_ids):
+        for pairing in pairings:
+            pairing.feed(frame)
+        if watch is not None:
+            watch(frame)
+    session.close()
+    lanes = tuple(
+        LaneResult(
+            lane=lane.index,
+            variant=lane.expression,
+            prompt_ids=tuple(lane.prompt_ids),
+            token_ids=tuple(lane.new_ids),
+            text=lane.text,
+            reason=lane.reason,
+        )
+        for lane in session.lanes.values()
+    )
+    return CompareRun(lanes, tuple(p.result() for p in pairings), session.invalid)
