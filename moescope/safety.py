@@ -32,7 +32,6 @@ class Limits:
     rank: int = 8  # no layout of a decoder has more than 5
     dimension: int = 2**31 - 1  # MLX computes with 32 bits
     json_depth: int = 64  # configs nest about 6 deep
-    integer_digits: int = 40  # tokenizer configs write 10^30 for "no limit"
     layers: int = 1024
     experts: int = 4096  # per layer
     top_k: int = 64

@@ -86,11 +86,6 @@ def _float(text: str) -> float:
     return value if math.isfinite(value) else _refused(text if len(text) < 24 else "a huge number")
 
 
-def _int(text: str) -> int | float:
-    digits = len(text.lstrip("-"))
-    return int(text) if digits <= LIMITS.integer_digits else _refused(f"{digits} digits")
-
-
 _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
@@ -116,11 +111,7 @@ def parse_json(data: bytes, file: str) -> Any:
     try:
         text = data.decode("utf-8-sig")
         value = json.loads(
-            text,
-            object_pairs_hook=pairs,
-            parse_constant=_refused,
-            parse_float=_float,
-            parse_int=_int,
+            text, object_pairs_hook=pairs, parse_constant=_refused, parse_float=_float
         )
     except UnicodeDecodeError as error:
         raise bad(f"{file}: byte {error.start}: expected UTF-8") from None
@@ -129,6 +120,8 @@ def parse_json(data: bytes, file: str) -> Any:
         raise bad(f"{file}: line {error.lineno} column {error.colno}: {what}") from None
     except RecursionError:
         raise bad(f"{file}: expected at most {LIMITS.json_depth} levels of nesting") from None
+    except ValueError:  # of int(), beyond some thousands of digits
+        raise bad(f"{file}: expected integers of fewer digits") from None
     _check_tree(value, file)
     return value
 
@@ -249,9 +242,11 @@ class Fields:
         value = self.raw(names)
         if value is None and default is not _REQUIRED:
             return default
-        if type(value) not in (builtins.int, builtins.float) or not lo <= value <= hi:
+        if type(value) is builtins.int and abs(value) <= _MAX:
+            value = builtins.float(value)
+        if type(value) is not builtins.float or not lo <= value <= hi:
             raise self.error(names, _range(lo, hi))
-        return builtins.float(value)
+        return value
 
     @overload
     def bool(self, names: Names) -> builtins.bool: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -142,7 +143,7 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "metadata no object": (assemble({"__metadata__": "x"}, 0), "an object of strings"),
     "deep": (assemble('{"x":' + "[" * 5000 + "]" * 5000 + "}", 0), "levels of nesting"),
     "very deep": (assemble('{"x":' + "[" * 200_000, 0), "levels of nesting"),
-    "many digits": (assemble(changed("empty", shape=[10**4000])), "found 4001 digits"),
+    "many digits": (assemble('{"x":' + "9" * 5000 + "}", 0), "integers of fewer digits"),
     "infinite": (assemble('{"x":1e999}', 0), "x: expected a finite number"),
     "not UTF-8": (assemble(b'{"\xff":1}', 0), "expected UTF-8"),
     "a zip": (b"PK\x03\x04" + bytes(60), "does not open those"),
@@ -248,11 +249,12 @@ def test_2000_mutated_headers_give_a_clear_error_or_a_file_every_reader_reads_al
 ) -> None:
     rng = random.Random(20)
     (tmp_path / "config.json").write_text("{}")
-    file = tmp_path / "model.safetensors"
+    file = os.open(tmp_path / "model.safetensors", os.O_CREAT | os.O_RDWR)
     accepted, slowest = 0, 0.0
     for number in range(2000):
         data = (mutate_structure if number % 2 else mutate_bytes)(rng)
-        file.write_bytes(data)
+        os.pwrite(file, data, 0)
+        os.ftruncate(file, len(data))
         started = time.perf_counter()
         try:
             with Checkpoint.open(tmp_path) as checkpoint:
@@ -276,5 +278,6 @@ def test_2000_mutated_headers_give_a_clear_error_or_a_file_every_reader_reads_al
                 )
                 assert bytes(entry["data"]) == bytes(found[name])
         slowest = max(slowest, time.perf_counter() - started)
+    os.close(file)
     assert accepted > 50
     assert slowest < 0.5  # about 1 ms; the rest is for a busy machine
