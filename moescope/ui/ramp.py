@@ -32,7 +32,8 @@ ROW_MARK, WRONG = "▸", "!"
 # xterm's colour cube holds few blues and oranges of rising lightness: chosen by hand
 RAMP_256_DARK = (24, 60, 102, 137, 173, 215, 222)
 RAMP_256_LIGHT = (153, 146, 144, 173, 136, 130, 94)
-PLAIN_PENS = ("text", "dim", "strong", "accent", "good", "warn", "wrong", "bar", "cursor", "mark")
+FAINT = {"soft": 0.25, "dim": 0.42, "rule": 0.72}  # share of the panel's colour in the ink
+PLAIN_PENS = ("text", "good", "bar")  # what no attribute sets apart without colour
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,14 +107,12 @@ def build(
         return _plain(dark, Style(color=ink, bgcolor=paper))
     base = Style(color=ink, bgcolor=paper)
     named = depth == "16"
+    faint = {name: Style(dim=name != "soft") for name in FAINT}
+    if not named:
+        faint = {name: Style(color=_mix(ink, paper, share, dark)) for name, share in FAINT.items()}
     style = {
         "text": base,
-        "dim": base + Style(dim=True)
-        if named
-        else base + Style(color=_mix(ink, paper, 0.45, dark)),
-        "rule": base + Style(dim=True)
-        if named
-        else base + Style(color=_mix(ink, paper, 0.75, dark)),
+        **{name: base + pen for name, pen in faint.items()},
         "strong": base + Style(bold=True),
         "accent": base + Style(color=accent or primary, bold=True),
         "good": base + Style(color=good),
@@ -127,6 +126,7 @@ def build(
         return _sixteen(dark, base, style)
     ramp = _ramp(depth, dark, _rgb(paper, (0, 0, 0) if dark else (255, 255, 255)))
     style["bar"] = base + Style(color=ramp[5 if dark else 4])
+    style |= {f"load{level}": base + Style(color=_seen(ramp, level)) for level in range(LEVELS)}
     load = tuple(Style(color=_readable(colour), bgcolor=colour, bold=True) for colour in ramp)
     back = _rgb(paper, (18, 18, 18) if dark else (255, 255, 255))
     ground = Color.from_rgb(*back)
@@ -153,9 +153,10 @@ def _plain(dark: bool, plain: Style) -> Pens:
     """No colour at all: weight, dimness and reverse video only."""
     faint, bold = plain + Style(dim=True), plain + Style(bold=True)
     style = dict.fromkeys(PLAIN_PENS, plain)
-    style |= dict.fromkeys(("dim", "rule"), faint)
+    style |= {"soft": plain} | dict.fromkeys(("dim", "rule"), faint)
     style |= dict.fromkeys(("strong", "accent", "warn", "wrong", "mark"), bold)
     style["cursor"] = plain + Style(reverse=True)
+    style |= {f"load{level}": plain for level in range(LEVELS)}
     return Pens(
         depth="none",
         dark=dark,
@@ -179,10 +180,11 @@ def _sixteen(dark: bool, base: Style, style: dict[str, Style]) -> Pens:
     )
     inks = tuple(base + Style(color=Color.parse(name)) for name in names)
     bold = Style(bold=True)
+    style = style | {"bar": inks[5]} | {f"load{level}": ink for level, ink in enumerate(inks)}
     return Pens(
         depth="16",
         dark=dark,
-        style=style | {"bar": inks[5]},
+        style=style,
         ink=_inks(style),
         load=inks,
         load_ink=inks,
@@ -252,6 +254,11 @@ def _ramp(depth: Depth, dark: bool, paper: RGB) -> list[Color]:
         light, a, b = (x + (y - x) * share for x, y in zip(blue, orange, strict=True))
         colours.append(Color.from_rgb(*_from_oklab((light, a, b))))
     return colours
+
+
+def _seen(ramp: list[Color], level: int) -> Color:
+    """The colour of a level as thin ink: level 0 would hardly be seen on the panel."""
+    return ramp[max(1, level)]
 
 
 def _polar(lightness: float, chroma: float, hue: float) -> tuple[float, float, float]:

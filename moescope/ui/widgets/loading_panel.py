@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moescope.ui.panels import LoadingData
-from moescope.ui.ramp import bar
-from moescope.ui.text import cut
+from moescope.ui.ramp import thin_bar
+from moescope.ui.text import cut, wrap
 from moescope.ui.widgets.panel import Panel, Row
 
 
@@ -20,16 +20,20 @@ class LoadingPanel(Panel[LoadingData]):
         rows: list[Row] = [((cut(data.stage, width), "strong"),), ((cut(data.what, width), "dim"),)]
         if data.total:
             share = data.done / data.total
-            room = max(1, width - 24)
-            rows.append(
-                (
-                    (bar(share, room), "bar"),
-                    (f" {amount(data.done)} of {amount(data.total)}", "text"),
-                )
-            )
+            filled = thin_bar(share, width).rstrip()
+            rows.append(((filled, "bar"), ("─" * (width - len(filled)), "rule")))
+            size = f"{amount(data.done)} of {amount(data.total)}"
+            rows.append(((size, "text"), (f"   {share:.0%}", "dim")))
         elif data.done:
             rows.append(((amount(data.done), "text"),))
-        rows += [((cut(note, width), "warn"),) for note in data.notes]
+        if data.notes:
+            rows.append(())
+        for note in data.notes:
+            lines = wrap(note, max(1, width - 2))
+            rows += [
+                (("! " if not at else "  ", "warn"), (line, "text"))
+                for at, line in enumerate(lines)
+            ]
         return rows
 
 

@@ -33,7 +33,7 @@ class Panel(Widget, Generic[Data]):
     DEFAULT_CSS = """
     Panel { height: 1fr; width: 1fr; border: round $foreground 30%; color: $foreground;
         border-title-color: $foreground 80%; }
-    Panel:focus { border: round $accent; }
+    Panel:focus { border: round $foreground 60%; }
     """
     ALLOW_SELECT = False
     can_focus = False

@@ -19,7 +19,8 @@ from moescope.ui.widgets.panel import Panel, Row, Span
 
 BLANK = "\u2800"
 SERIES_PENS = ("bar", "accent", "good", "warn")
-STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+STEPS = (1.0, 2.0, 5.0, 10.0)
+MOST_STEPS = 4  # between the ends of the axis; always an even number, so that the middle is round
 AXIS = 6  # columns of the axis: figures and the line
 GUIDE, CURSOR = "┄", "│"
 Grid = list[list[Span]]  # [rows][columns] one character and its pen
@@ -76,10 +77,14 @@ def limits(
     if high - low < 1e-6 * max(1.0, abs(high)):
         pad = max(0.05, abs(high) * 0.05)
         low, high = low - pad, high + pad
-    scale = 10.0 ** math.floor(math.log10((high - low) / 2))
-    step = next(scale * size for size in STEPS if scale * size * 2 >= high - low or size == 10.0)
-    step /= 2
-    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    scale = 10.0 ** math.floor(math.log10((high - low) / MOST_STEPS))
+    for step in (scale * size for size in STEPS):
+        first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+        if (last - first) % 2:
+            first, last = (first - 1, last) if first > 0 else (first, last + 1)
+        if last - first <= MOST_STEPS:
+            break
+    return first * step, last * step
 
 
 def tick(y: int, rows: int, low: float, high: float) -> str:
@@ -89,8 +94,7 @@ def tick(y: int, rows: int, low: float, high: float) -> str:
         values[rows // 2] = (low + high) / 2
     if y not in values:
         return fit("│", AXIS - 1, ">") + " "
-    corner = "┤"
-    return fit(number(values[y], 2), AXIS - 2, ">") + corner + " "
+    return fit(number(values[y], 2), AXIS - 2, ">") + "┤ "
 
 
 def tags(data: PlotData) -> list[str]:
@@ -159,8 +163,9 @@ def braille(
     high: float,
 ) -> list[str]:
     """One line as braille text, by plotext; a gap wherever a value is unknown."""
-    from plotext import figure, uncolorize
+    from plotext import figure, terminal, uncolorize
 
+    terminal.limit(False, False)  # or it would be cut to the size of the terminal
     first, last = int(x[0]), int(x[-1])
     figure.clear()
     figure.plot_size(width, rows)

@@ -18,6 +18,10 @@ MODES = {
     "failed": ("✗", "failed", "wrong"),
 }
 
+LEFT = ("name", "shape", "backend")
+RIGHT = ("rate", "position", "memory", "cursor", "frames_per_second")
+EXPENDABLE = ("frames_per_second", "backend", "memory", "word", "cursor", "shape", "position")
+
 
 class StatusLine(Panel[StatusData]):
     """Name and shape at the left, mode, rate, position and memory at the right."""
@@ -26,13 +30,25 @@ class StatusLine(Panel[StatusData]):
 
     def draw(self, data: StatusData, width: int, height: int) -> Sequence[Row]:
         glyph, word, pen = MODES[data.mode]
-        mode = f"{glyph} {word}".strip()
-        tails = [data.rate, data.position, data.memory, data.cursor, data.frames_per_second]
-        right = "  ".join(part for part in tails if part)
-        left = "  ".join(part for part in (data.name, data.shape, data.backend) if part)
-        room = width - cells(mode) - cells(right) - 5
+        parts = {name: getattr(data, name) for name in (*LEFT, *RIGHT)}
+        parts["word"] = word
+        for name in ("", *EXPENDABLE):
+            parts[name] = ""
+            left = "  ".join(parts[key] for key in LEFT if parts[key])
+            right = "  ".join(parts[key] for key in RIGHT if parts[key])
+            mode = f"{glyph} {parts['word']}".strip()
+            room = width - cells(mode) - cells(right) - 5
+            if cells(left) <= room:
+                break
         left = cut(left, room)
-        gap = max(1, width - cells(left) - cells(mode) - cells(right) - 4)
+        rest = left[len(data.name) :] if left.startswith(data.name) else ""
+        gap = " " * (room - cells(left) + 1)
         return (
-            ((f" {left}", "strong"), (" " * gap, "text"), (mode, pen), (f"  {right} ", "text")),
+            (
+                (f" {left[: len(left) - len(rest)]}", "strong"),
+                (rest, "soft"),
+                (gap, "text"),
+                (mode, pen),
+                (f"  {right} ", "text"),
+            ),
         )

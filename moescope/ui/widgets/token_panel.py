@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moescope.ui.panels import TokenData
-from moescope.ui.text import number, wrap
+from moescope.ui.ramp import thin_bar
+from moescope.ui.text import cells, fit, number, wrap
 from moescope.ui.widgets.panel import Panel, Row
+
+UNKNOWN = "─"
 
 
 class TokenPanel(Panel[TokenData]):
@@ -18,21 +21,44 @@ class TokenPanel(Panel[TokenData]):
         return data.title, ""
 
     def draw(self, data: TokenData, width: int, height: int) -> Sequence[Row]:
-        rank = "─" if data.rank is None else str(data.rank)
+        rank = UNKNOWN if data.rank is None else str(data.rank)
         rows: list[Row] = [
-            ((f"id {data.token_id}   p {number(data.probability)}   rank {rank}", "text"),)
+            (
+                ("id ", "dim"),
+                (str(data.token_id), "text"),
+                ("   p ", "dim"),
+                (number(data.probability), "strong"),
+                ("   rank ", "dim"),
+                (rank, "text"),
+            )
         ]
-        if data.alternatives:
-            text = "  ".join(f"“{piece}” {number(p, 2)}" for piece, p in data.alternatives)
-            rows += [((line, "dim"),) for line in wrap("else " + text, width)[:2]]
-        rows.append(())
-        for label, value in facts(data):
-            rows.append(((label, "dim"), (value.rjust(max(1, width - len(label))), "text")))
-        if data.variants:
+        below: list[Row] = [
+            (
+                (fit(label, max(1, width - cells(value) - 1)), "dim"),
+                (f" {value}", "text"),
+            )
+            for label, value in facts(data)
+        ]
+        below += [((line, "soft"),) for text in data.variants for line in wrap(text, width)]
+        spare = height - len(rows) - len(below)
+        rows += alternatives(data.alternatives, width, max(1, spare - 2))
+        if height > len(rows) + len(below):
             rows.append(())
-        for line in data.variants:
-            rows += [((part, "text"),) for part in wrap(line, width)]
-        return rows
+        return rows + below
+
+
+def alternatives(items: Sequence[tuple[str, float]], width: int, room: int) -> list[Row]:
+    """What else was likely, one a row: text, probability, a bar of the same scale."""
+    text_width = max(4, min(14, width // 3))
+    bar_width = max(0, width - text_width - 8)
+    return [
+        (
+            (fit(f"“{text}”", text_width), "text"),
+            (f" {number(share, 2):>5}  ", "dim"),
+            (thin_bar(share, bar_width), "bar"),
+        )
+        for text, share in items[:room]
+    ]
 
 
 def facts(data: TokenData) -> list[tuple[str, str]]:

@@ -227,7 +227,7 @@ class Transcript(Panel[TranscriptData], can_focus=True):
             pens = self.pens
             style = pens.tint[cell.level]
             if cell.kind != "text":
-                style += pens.ink["dim"]
+                style += pens.ink["dim" if cell.kind == "special" else "soft"]
             if cell.marked:
                 style += pens.ink["wrong"] + UNDERLINE
             if cursor:

@@ -8,10 +8,11 @@ from textual import events
 from textual.message import Message
 
 from moescope.ui.panels import VariantBarData, VariantItem
-from moescope.ui.text import cells
+from moescope.ui.text import cells, cut
 from moescope.ui.widgets.panel import Panel, Row, Span
 
 GLYPHS = {"generating": "●", "same_logits": "○"}
+LEAD = " router"
 
 
 class VariantBar(Panel[VariantBarData]):
@@ -27,24 +28,39 @@ class VariantBar(Panel[VariantBarData]):
             self.letter = letter
 
     def draw(self, data: VariantBarData, width: int, height: int) -> Sequence[Row]:
-        spans: list[Span] = [(" router ", "dim")]
-        for item in data.items:
-            spans += [("  ", "text"), (label(item), "cursor" if item.shown else "text")]
+        spans: list[Span] = [(LEAD, "dim")]
+        for text, item in zip(shown(data, width), data.items, strict=True):
+            pen = "cursor" if item.shown else "strong" if item.state == "generating" else "text"
+            spans += [("  ", "text"), (text, pen)]
         return (tuple(spans),)
 
     def on_click(self, event: events.Click) -> None:
-        if self.data is None:
+        offset = event.get_content_offset(self)
+        if self.data is None or offset is None:
             return
-        left = cells(" router ")
-        for item in self.data.items:
+        left = cells(LEAD)
+        for text, item in zip(shown(self.data, self.size.width), self.data.items, strict=True):
             left += 2
-            right = left + cells(label(item))
-            if left <= event.x < right:
+            right = left + cells(text)
+            if left <= offset.x < right:
                 self.post_message(self.Picked(item.letter))
                 return
             left = right
 
 
-def label(item: VariantItem) -> str:
+def label(item: VariantItem, room: int) -> str:
+    """One entry with its title cut to `room` cells."""
     equal = f" ≡ {item.equal_to}" if item.equal_to else ""
-    return f"{item.letter}{GLYPHS[item.state]} {item.title}{equal}"
+    title = f" {cut(item.title, room)}" if room > 1 else ""
+    return f"{item.letter}{GLYPHS[item.state]}{title}{equal}"
+
+
+def shown(data: VariantBarData, width: int) -> list[str]:
+    """All entries; where they do not fit, the longest titles are cut first, even to nothing."""
+    longest = max((cells(item.title) for item in data.items), default=0)
+    room = width - cells(LEAD)
+    while True:
+        texts = [label(item, longest) for item in data.items]
+        if longest <= 0 or sum(cells(text) + 2 for text in texts) <= room:
+            return texts
+        longest -= 1
