@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -164,32 +164,28 @@ class Checkpoint:
     ) -> torch.Tensor:
         """A tensor, or some rows of it, as torch has it; converted to `dtype`, placed on `device`.
 
-        `out`, contiguous if it can be, is written to instead and returned. Large tensors are read
-        and converted in pieces: no more than 64 MiB is held beside the result, and `progress` hears
-        of each piece's bytes.
+        `out` is written to instead and returned. Large tensors are read and converted in pieces: no
+        more than 64 MiB is held beside the result, and `progress` hears of each piece's bytes.
         """
-        shape = _shape(self.info(name), rows)
+        begin, _ = _span(self.info(name), rows)
         return tensors.read_torch(
-            self.info(name).dtype, shape, self._pieces(name, rows), dtype, device, out, progress
+            self.info(name).dtype,
+            _shape(self.info(name), rows),
+            lambda offset, buffer: self._fill(name, begin + offset, buffer),
+            dtype,
+            device,
+            out,
+            progress,
         )
 
     def non_finite(self, name: str) -> int:
         """How many values of a tensor are NaN or infinite."""
-        dtype = self.info(name).dtype
-        return sum(tensors.non_finite(dtype, piece) for piece in self._pieces(name, None)())
-
-    def _pieces(self, name: str, rows: slice | None) -> Callable[..., Iterator[memoryview]]:
-        """A function that yields a tensor's bytes in pieces; given a buffer, fills that."""
-        begin, count = _span(self.info(name), rows)
-
-        def pieces(into: memoryview | None = None) -> Iterator[memoryview]:
-            for start in range(0, count, tensors.PIECE):
-                size = min(tensors.PIECE, count - start)
-                piece = memoryview(bytearray(size)) if into is None else into[start : start + size]
-                self._fill(name, begin + start, piece)
-                yield piece
-
-        return pieces
+        info, count = self.info(name), 0
+        for start in range(0, info.nbytes, tensors.PIECE):
+            piece = memoryview(bytearray(min(tensors.PIECE, info.nbytes - start)))
+            self._fill(name, info.offset + start, piece)
+            count += tensors.non_finite(info.dtype, piece)
+        return count
 
     def _fill(self, name: str, offset: int, buffer: memoryview) -> None:
         shard = self.shards[self.info(name).shard]

@@ -1,7 +1,7 @@
 """Bytes of a checkpoint as numbers: torch tensors without a second copy, and a count of NaN.
 
-Dtypes are called what safetensors calls them. Reading is the caller's: `pieces()` yields the bytes
-in order, and `pieces(buffer)` reads them into a buffer it is given.
+Dtypes are called what safetensors calls them. Reading is the caller's: `fill(offset, buffer)` reads
+a tensor's bytes from `offset` on into a buffer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _BITS: dict[str, tuple[type[np.unsignedinteger], int, int]] = {
     "F8_E4M3": (np.uint8, 0x7F, 0x7F),  # no infinities; NaN is all ones
     "F8_E8M0": (np.uint8, 0xFF, 0xFF),
 }
-Pieces = Callable[..., Iterator[memoryview]]
+Fill = Callable[[int, memoryview], None]
 
 
 def non_finite(dtype: str, piece: memoryview) -> int:
@@ -60,13 +60,13 @@ def non_finite(dtype: str, piece: memoryview) -> int:
 def read_torch(
     stored: str,
     shape: tuple[int, ...],
-    pieces: Pieces,
+    fill: Fill,
     dtype: torch.dtype | str | None,
     device: str,
     out: torch.Tensor | None,
     progress: Callable[[int], None] | None,
 ) -> torch.Tensor:
-    """Make a tensor of `shape` from the pieces, or fill `out`."""
+    """Make a tensor of `shape` from what `fill` reads, or fill `out`."""
     import torch
 
     source: torch.dtype = getattr(torch, TORCH_NAMES[stored])
@@ -74,25 +74,41 @@ def read_torch(
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or source
         out = torch.empty(shape, dtype=wanted, device=device)
     assert tuple(out.shape) == shape, f"out is {tuple(out.shape)}, the tensor {shape}"
-    if math.prod(shape) == 0:
-        return out
-    # A byte of BOOL may hold anything; only the comparison below makes it true or false.
-    direct = out.device.type == "cpu" and out.dtype == source and source is not torch.bool
-    if direct and out.is_contiguous():
-        whole = out.reshape(-1).view(torch.uint8).numpy().data
-        for piece in pieces(whole):
+    for part, begin in _whole_parts(out, 0, source.itemsize):
+        for piece, start, stop in _pieces(part, source.itemsize):
+            _read_piece(source, fill, begin + start, stop - start, piece)
             if progress is not None:
-                progress(len(piece))
-        return out
-    flat = out.view(-1) if out.is_contiguous() else torch.empty(shape, dtype=out.dtype).view(-1)
-    start = 0
-    for piece in pieces():
-        values = torch.frombuffer(piece, dtype=torch.uint8 if source is torch.bool else source)
-        values = values.ne(0) if source is torch.bool else values
-        flat[start : start + len(values)] = values.to(device=flat.device)
-        start += len(values)
-        if progress is not None:
-            progress(len(piece))
-    if flat.data_ptr() != out.data_ptr():
-        out.copy_(flat.view(shape))
+                progress(stop - start)
     return out
+
+
+def _whole_parts(out: torch.Tensor, begin: int, item: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """`out` cut along its first dimensions into parts that lie in one piece, and their offsets."""
+    if out.is_contiguous():
+        yield out.view(-1), begin
+        return
+    for part in out:
+        yield from _whole_parts(part, begin, item)
+        begin += math.prod(part.shape) * item
+
+
+def _pieces(flat: torch.Tensor, item: int) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """A flat tensor cut into pieces, and the bytes of each in the file: begin and end."""
+    step = PIECE // item
+    for start in range(0, len(flat), step):
+        piece = flat[start : start + step]
+        yield piece, start * item, (start + len(piece)) * item
+
+
+def _read_piece(source: torch.dtype, fill: Fill, begin: int, count: int, out: torch.Tensor) -> None:
+    import torch
+
+    # A byte of BOOL may hold anything; only the comparison makes it true or false.
+    if out.device.type == "cpu" and out.dtype == source and source is not torch.bool:
+        fill(begin, out.view(torch.uint8).numpy().data)
+        return
+    data = bytearray(count)
+    fill(begin, memoryview(data))
+    values = torch.frombuffer(data, dtype=torch.uint8 if source is torch.bool else source)
+    values = values.ne(0) if source is torch.bool else values
+    out.copy_(values.to(out.device))
