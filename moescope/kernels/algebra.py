@@ -123,19 +123,17 @@ def allowed_score_sum(spec: RouterSpec) -> float | tuple[float, float] | None:
     where it does not, None where nothing can be said. An eps up to 1e-5 counts as none."""
     p, factor = spec.policy, spec.weight_scale
     skips = spec.wiring.null_expert_kind == "skip"
+    low = _BELOW_ZERO if skips else 0.0
+    positive = p.weights_from == "scores"
     if p.per_expert_scale or p.weights_from in ("logits", "biased_minus_bias"):
         return None
-    if p.norm_topk_prob:
+    if p.norm_topk_prob and (positive or (p.norm_p == 1.0 and not skips)):
         if p.norm_p != 1.0:
-            other_end = spec.K ** (1.0 - 1.0 / p.norm_p)
-            low, high = sorted((1.0, other_end))
-            return (low * factor * (1 - 1e-6), high * factor)
-        if skips:
-            return (_BELOW_ZERO, factor)
-        return factor if p.norm_eps <= 1e-5 else (0.0, factor)
-    if p.weights_from != "scores":
+            ends = sorted((1.0, spec.K ** (1.0 - 1.0 / p.norm_p)))
+            return (low if skips else ends[0] * factor * (1 - 1e-6), ends[1] * factor)
+        return (low, factor) if skips or p.norm_eps > 1e-5 else factor
+    if not positive:
         return None
-    low = _BELOW_ZERO if skips else 0.0
     if p.scoring_func == "softmax":
         whole = p.score_order == "topk_then_score" or spec.K == spec.E
         return factor if whole and p.score_passes == 1 and not skips else (low, factor)

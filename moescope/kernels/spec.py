@@ -11,7 +11,6 @@ Letters for shapes in this package: T tokens, E expert classes (null experts inc
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, get_args, get_type_hints
@@ -289,13 +288,14 @@ def _conflict(part: Any, names: str) -> str:
 
 
 @cache
-def _hints(kind: Hashable) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
 def _check_types(part: Any) -> None:
     """Field values have the annotated type: enum words, bools that are bools, finite numbers."""
-    for name, hint in _hints(type(part)).items():
+    kind: Any = type(part)
+    for name, hint in _hints(kind).items():
         value = getattr(part, name)
         if allowed := get_args(hint):
             good = any(type(value) is type(a) and value == a for a in allowed)

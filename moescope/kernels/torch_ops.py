@@ -5,6 +5,8 @@ Same semantics and rounding points as `reference.py`: scores and weights are com
 no float64. `_route_softmax` is the short path of the decode step; `_route_any` is its slow twin.
 """
 
+# mypy: disable-error-code="no-any-return"
+
 from __future__ import annotations
 
 from functools import lru_cache
@@ -172,7 +174,7 @@ def _score(z: Tensor, func: str) -> Tensor:
 def _limit_groups(biased: Tensor, excluded: Tensor, p: RouterPolicy) -> Tensor:
     if p.n_group == 1 or p.topk_group == p.n_group:
         return biased
-    grouped = biased.unflatten(-1, (p.n_group, -1))
+    grouped = biased.reshape(len(biased), p.n_group, -1)
     if p.group_score == "max":
         group_scores = grouped.amax(-1)
     else:
@@ -197,7 +199,7 @@ def _sort(values: Tensor, higher_id: bool) -> tuple[Tensor, Tensor]:
     if higher_id:
         ranked, order = torch.sort(values.flip(-1), dim=-1, descending=True, stable=True)
         return ranked, values.shape[-1] - 1 - order
-    return torch.sort(values, dim=-1, descending=True, stable=True)  # type: ignore[return-value]
+    return torch.sort(values, dim=-1, descending=True, stable=True)
 
 
 def _edge(ranked: Tensor, order: Tensor, K: int, E: int) -> tuple[Tensor, Tensor]:
@@ -297,7 +299,18 @@ def _routing(
         ids, weights = ids.masked_fill(row, -1), weights.masked_fill(row, 0.0)
         scores, runner_up = scores.masked_fill(row, _NAN), runner_up.masked_fill(bad, -1)
         sums = [a.masked_fill(bad, _NAN) for a in sums]
-    return Routing(ids, scores, weights, *sums, runner_up, raw if keep_logits else None)
+    score_sum, mass, entropy, margin = sums
+    return Routing(
+        ids,
+        scores,
+        weights,
+        score_sum,
+        mass,
+        entropy,
+        margin,
+        runner_up,
+        logits=raw if keep_logits else None,
+    )
 
 
 def _wide(x: Tensor) -> torch.dtype:
