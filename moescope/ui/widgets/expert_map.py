@@ -13,6 +13,7 @@ import numpy as np
 from rich.segment import Segment
 from textual import events
 from textual.content import Content
+from textual.filter import ANSIToTruecolor, LineFilter
 from textual.message import Message
 from textual.strip import Strip
 
@@ -145,6 +146,11 @@ class ExpertMap(Panel[MapData]):
             segments = [Segment(row[0], style["dim"])]
         else:
             segments = self._row_segments(row)
+        if row and row[0] in ZOOMS:  # widths are known: measuring each segment again costs more
+            room = width - sum(map(cells, (row[6], *(text for text, _ in row[8])))) - row[9]
+            if room >= 0:
+                blank = [Segment(" " * room, style["text"])] if room else []
+                return Strip([*segments, *blank], width)
         return Strip(segments).adjust_cell_length(width, style["text"])
 
     def _ruler_segments(self, row: Any) -> list[Segment]:
@@ -178,7 +184,7 @@ class ExpertMap(Panel[MapData]):
         return segments
 
     def _row_segments(self, row: Any) -> list[Segment]:
-        zoom, line, wide, tall, codes, dtype, label, here, tail = row
+        zoom, line, wide, tall, codes, dtype, label, here, tail, _ = row
         pens = self.pens
         if self._brush is None or self._brush.pens is not pens:
             self._brush = MapBrush(pens, self._data is not None and compares(self._data))
@@ -196,6 +202,15 @@ class ExpertMap(Panel[MapData]):
         super().notify_style_update()
         self._memo.clear()
         self._brush = None
+        if self.is_running:  # another theme may have colours where this one had shades
+            self.call_later(self._redraw)
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Without the filter that replaces ANSI colours, where there are none: a third cheaper."""
+        filters = super().get_line_filters()
+        if not self.pens.colours:
+            return filters
+        return [each for each in filters if not isinstance(each, ANSIToTruecolor)]
 
     # --- mouse --------------------------------------------------------------------------------
 
@@ -268,7 +283,7 @@ def _map_rows(data: MapData, layout: Layout) -> list[Any]:
         label = fit(data.gutter[first], layout.gutter - 1, ">") + (ROW_MARK if here else " ")
         tail = _tail(data, layout, first, min(first + step, len(data.gutter)))
         key = line_codes.tobytes()
-        middle = 1 if tall >= 3 else 0
+        middle = (tall - 1) // 2
         for line in range(tall):
             named = line == middle
             rows.append(
@@ -282,6 +297,7 @@ def _map_rows(data: MapData, layout: Layout) -> list[Any]:
                     label if named else " " * layout.gutter,
                     here and named,
                     tail if named else (),
+                    layout.columns,
                 )
             )
     return rows

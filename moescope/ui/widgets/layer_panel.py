@@ -57,7 +57,7 @@ def runner_up_row(data: LayerData, width: int) -> Row:
     row = data.runner_up
     assert row is not None
     chosen = len(data.rows)
-    margin = f"Δ {number(data.margin)} {data.margin_unit} to #{chosen}"
+    margin = f"Δ {number(data.margin)} to #{chosen} ({data.margin_unit})"
     spans = [
         (
             f"{chosen + 1:>2}  E{row.expert:03d}   {number(row.score):>5}   {NOT_RECORDED:>5}   ",

@@ -21,6 +21,8 @@ MARK_SHIFT, CURSOR, ABSENT = 3, 32, 64
 # a braille column's code: dots | level << 8 | who << 11 | CURSOR_BLOCK, ABSENT_BLOCK
 LEVEL_SHIFT, WHO_SHIFT, CURSOR_BLOCK, ABSENT_BLOCK = 8, 11, 1 << 13, 1 << 14
 DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # [4, 2]
+KEPT_SEGMENTS = 20_000
+REVERSE = Style(reverse=True)
 BRAILLE = tuple(chr(0x2800 + code) for code in range(256))
 
 
@@ -79,19 +81,42 @@ class MapBrush:
         self.pens = pens
         self.compare = compare
         self._runs: dict[tuple[int, int, int, int, int], list[Segment]] = {}
+        self._kept: dict[tuple[int, str], Segment] = {}
         self._halves: dict[tuple[int, int], Segment] = {}
         self._blocks: dict[int, Style] = {}
         self._text = pens.style["text"]
+        # tables by code, for cells of one column: what tells two styles apart, glyphs, styles
+        self._style_bits = np.uint8(CURSOR | ABSENT | 7 | (0 if pens.colours else 3 << MARK_SHIFT))
+        tiles = [self._narrow_tile(code) for code in range(ABSENT + 1)]
+        self._glyphs = [glyph for glyph, _ in tiles]
+        self._styles = [style for _, style in tiles]
 
     def cells(self, codes: NDArray[np.uint8], line: int, wide: int, tall: int) -> list[Segment]:
         """One screen line of a row of cells; `line` counts the lines of a cell from its top."""
+        if wide == 1:
+            return self._narrow(codes)
         segments: list[Segment] = []
-        for code, length in _runs(codes):
-            key = (code, length, line, wide, tall)
+        for code, start, end in _spans(codes):
+            key = (code, end - start, line, wide, tall)
             run = self._runs.get(key)
             if run is None:
                 run = self._runs[key] = self._cell_run(*key)
             segments += run
+        return segments
+
+    def _narrow(self, codes: NDArray[np.uint8]) -> list[Segment]:
+        """Cells of one column: a mark is a character in a run of one level, not its own run."""
+        glyphs, kept = self._glyphs, self._kept
+        if len(kept) > KEPT_SEGMENTS:
+            kept.clear()
+        text = "".join([glyphs[code] for code in codes.tolist()])
+        segments = []
+        for code, start, end in _spans(codes & self._style_bits):
+            key = (code, text[start:end])
+            segment = kept.get(key)
+            if segment is None:
+                segment = kept[key] = Segment(key[1], self._styles[code])
+            segments.append(segment)
         return segments
 
     def _cell_run(self, code: int, length: int, line: int, wide: int, tall: int) -> list[Segment]:
@@ -104,36 +129,37 @@ class MapBrush:
             return [Segment(text * length, style)]
         return [Segment(text, style) for text, style in parts] * length
 
+    def _narrow_tile(self, code: int) -> tuple[str, Style]:
+        if code & ABSENT:
+            return " ", self._text
+        tile = self._tile if self.pens.colours else self._shade_tile
+        return tile(code, 0, 1, 1)[0]
+
     def _tile(self, code: int, line: int, wide: int, tall: int) -> list[tuple[str, Style]]:
-        """A coloured tile with thin gaps: half and quarter blocks make them half a cell wide."""
+        """A coloured tile with thin gaps: half and quarter blocks make them half a cell wide.
+
+        Tiles of even size end in a whole blank cell, of odd size in half a cell on both sides, so
+        that the mark always stands in the middle.
+        """
         level = code & 7
         fill, ink = self.pens.load[level], self.pens.load_ink[level]
-        if tall == 1 or (tall == 2 and line == 0) or (tall == 3 and line == 1):
-            edge = ("▐", "▌")
-        elif tall == 2 or (tall == 3 and line == 2):
+        if tall > 1 and line == tall - 1:
+            if tall % 2 == 0 and tall > 2:
+                return [(" " * wide, self._text)]
             return [(_edge_line(wide, "▝▀▘", "▀"), ink)]
-        elif tall == 3:
+        if tall > 1 and tall % 2 and line == 0:
             return [(_edge_line(wide, "▗▄▖", "▄"), ink)]
-        elif line == 3:
-            return [(" " * wide, self._text)]
-        else:
-            edge = ("▐", "▌")
-        middle = tall < 4 or line == 1
+        middle = line == (tall - 1) // 2
         mark = self._mark(code) if middle else " "
         cursor = bool(code & CURSOR) and middle
         if wide <= 2:
-            style = fill + Style(reverse=True) if cursor else fill
-            return [((mark + " ")[:wide], style)]
-        inner = wide - 1 if wide % 2 == 0 else wide - 2
-        text = mark.center(inner) if mark != " " else " " * inner
-        if cursor:
-            text = f"[{mark}]".center(inner) if inner >= 3 else text
-            style = fill if inner >= 3 else fill + Style(reverse=True)
-        else:
-            style = fill
+            return [((mark + " ")[:wide], fill + REVERSE if cursor else fill)]
+        text = f"[{mark}]" if cursor else mark
         if wide % 2 == 0:
-            return [(text, style), (" ", self._text)]
-        return [(edge[0], ink), (text, style), (edge[1], ink)]
+            return [(text.center(wide - 1), fill), (" ", self._text)]
+        if wide == 3 and cursor:
+            return [(text, fill)]
+        return [("▐", ink), (text.center(wide - 2), fill), ("▌", ink)]
 
     def _shade_tile(self, code: int, line: int, wide: int, tall: int) -> list[tuple[str, Style]]:
         """The same without colours: a shade for the load, the mark over it."""
@@ -143,13 +169,13 @@ class MapBrush:
             return [(" " * wide, self._text)]
         inner = wide if wide <= 2 else wide - 1
         gap = " " * (wide - inner)
-        shade = SHADES[level]
+        shade, middle = SHADES[level], (tall - 1) // 2
         if not level and inner > 2:  # a row of dots would look like a load
-            empty = (shade if line == (tall - 1) // 2 else " ").center(inner)
+            empty = (shade if line == middle else " ").center(inner)
             if not code >> MARK_SHIFT:
                 return [(empty + gap, style)]
             shade = " "
-        if line != (tall - 1) // 2:
+        if line != middle:
             return [(shade * inner + gap, style)]
         mark = self._mark(code)
         cursor = bool(code & CURSOR)
@@ -171,7 +197,8 @@ class MapBrush:
     def halves(self, codes: NDArray[np.uint16]) -> list[Segment]:
         """One screen line of two routers."""
         segments = []
-        for code, length in _runs(codes):
+        for code, start, end in _spans(codes):
+            length = end - start
             segment = self._halves.get((code, length))
             if segment is None:
                 glyph, style = self._half(code & 0xFF, code >> 8)
@@ -215,7 +242,7 @@ class MapBrush:
         style = self.pens.load_soft[level]
         if self.compare and who in (1, 2):
             style += Style(color=self.pens.style["good" if who == 1 else "warn"].color)
-        return style + Style(reverse=True) if code & CURSOR_BLOCK else style
+        return style + REVERSE if code & CURSOR_BLOCK else style
 
 
 def _edge_line(wide: int, odd: str, even: str) -> str:
@@ -225,11 +252,6 @@ def _edge_line(wide: int, odd: str, even: str) -> str:
     if wide % 2 == 0:
         return even * (wide - 1) + " "
     return odd[0] + odd[1] * (wide - 2) + odd[2]
-
-
-def _runs(codes: NDArray[np.generic]) -> list[tuple[int, int]]:
-    """(code, length) of equal neighbours."""
-    return [(code, end - start) for code, start, end in _spans(codes)]
 
 
 def _spans(codes: NDArray[np.generic]) -> list[tuple[int, int, int]]:

@@ -16,9 +16,8 @@ ZOOMS = ("auto", *KINDS)
 SUM_WIDTH = 6  # flag, bar, four characters
 RULER = 1
 BLOCK_ROWS = {"cell": 1, "half": 2, "braille": 4}  # routers a row
-WIDEST_TILE = {1: 4, 2: 5, 3: 7, 4: 8}  # by height: wider tiles would look stretched
-TALLEST_TILE = {1: 1, 2: 2}  # by width
-TALLEST = 4
+WIDEST_TILE = {1: 4, 2: 5, 3: 7, 4: 8, 5: 10, 6: 12}  # by height: wider would look stretched
+TALLEST = 6
 LONGEST_BAR = 24
 
 
@@ -137,7 +136,7 @@ def _tile(room: int, lines: int, routers: int, experts: int) -> tuple[int, int]:
     """Columns and rows of one cell: as large as fits without stretching it."""
     tall = min(TALLEST, max(1, lines // routers))
     wide = min(WIDEST_TILE[tall], max(1, room // experts))
-    return wide, min(tall, TALLEST_TILE.get(wide, TALLEST))
+    return wide, min(tall, wide // 2 + 1)
 
 
 def _braille(

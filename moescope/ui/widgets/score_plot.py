@@ -17,10 +17,10 @@ from moescope.ui.panels import PlotData
 from moescope.ui.text import cells, cut, fit, number
 from moescope.ui.widgets.panel import Panel, Row, Span
 
-BLANK = "\u2800"
+BLANK, LAST_BRAILLE = "\u2800", "\u28ff"
 SERIES_PENS = ("bar", "accent", "good", "warn")
 STEPS = (1.0, 2.0, 5.0, 10.0)
-MOST_STEPS = 4  # between the ends of the axis; always an even number, so that the middle is round
+MOST_STEPS = 6  # between the ends of the axis; always an even number, so that the middle is round
 AXIS = 6  # columns of the axis: figures and the line
 GUIDE, CURSOR = "┄", "│"
 Grid = list[list[Span]]  # [rows][columns] one character and its pen
@@ -150,8 +150,15 @@ def canvas(data: PlotData, width: int, rows: int, low: float, high: float) -> Gr
         for row, text in zip(grid, braille(data.x, values, width, rows, low, high), strict=False):
             for x, char in enumerate(text[:width]):
                 if char not in (" ", BLANK):
-                    row[x] = (char, pen)
+                    row[x] = (overlaid(row[x][0], char), pen)
     return grid
+
+
+def overlaid(below: str, above: str) -> str:
+    """Two braille characters in one cell; anything else gives way."""
+    if BLANK <= below <= LAST_BRAILLE and BLANK <= above <= LAST_BRAILLE:
+        return chr(ord(below) | ord(above))
+    return above
 
 
 def braille(
