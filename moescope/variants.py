@@ -161,7 +161,7 @@ _ALL = (
         "Renormalises with the eps of another family: weights shrink where scores are small.",
         {"norm_eps": 1e-6, "norm_eps_mode": "add"},
         evidence="mlx-lm #521; transformers lfm2_moe beside its relatives",
-        requires=_NORMED,
+        requires={**_NORMED, "scoring_func": ("sigmoid", "sqrtsoftplus")},
     ),
     Variant(
         "renorm_eps_clamped",
