@@ -16,10 +16,7 @@ SQLITE_MAGIC = b"SQLite format 3\0"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "moescope [PATH] [options]"
     options.add_model(parser, optional=True)
-    parser.add_argument("-o", "--output", metavar="FILE", help="record here, not in a private file")
-    parser.add_argument("--record", default="logits", choices=("ids", "weights", "logits"))
-    parser.add_argument("--redact", action="store_true", help="record no token ids and no text")
-    parser.add_argument("--durable", action="store_true", help="sync every commit to the disk")
+    options.add_recording(parser, record="logits")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,7 +25,12 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None and _is_trace(Path(args.model)):
         return run_app(None, replay=Path(args.model))
     request = options.request_of(
-        args, record=args.record, trace_path=args.output, redact=args.redact, durable=args.durable
+        args,
+        record=args.record,
+        trace_path=args.output,
+        redact=args.redact,
+        durable=args.durable,
+        force=args.force,
     )
     return run_app(request, replay=None)
 

@@ -50,6 +50,22 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=natural, default=0, metavar="S")
 
 
+def add_recording(
+    parser: argparse.ArgumentParser, *, required: bool = False, record: str = "weights"
+) -> None:
+    group = parser.add_argument_group("recording")
+    group.add_argument("-o", "--output", metavar="FILE", required=required, help="record here")
+    group.add_argument(
+        "--record",
+        default=record,
+        choices=("ids", "weights", "logits"),
+        help=f"default {record}; with logits, any variant can be computed from the file alone",
+    )
+    group.add_argument("--redact", action="store_true", help="record no token ids and no text")
+    group.add_argument("--durable", action="store_true", help="sync every commit to the disk")
+    group.add_argument("--force", action="store_true", help="replace FILE if it exists")
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
 

@@ -8,6 +8,7 @@ from typing import Any
 from moescope.engine import families, parameters
 from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.decoder import MLA, MLP, Attention, DecoderSpec, Layer, MoE, state_bytes
+from moescope.engine.families.names import place
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MEMORY_CONTEXT = 4096  # tokens of cache counted in the memory needed
@@ -18,8 +19,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises MoescopeError for configs that are not supported, or that do not fit the tensors.
     """
-    spec = families.build(checkpoint.config)
     family = families.family_of(checkpoint.config)
+    spec = families.build(checkpoint.config)
+    stored = checkpoint.tensors
+    plan = place(spec, family.names, family.keys, stored) if stored else None
     active = parameters.count_active(spec)
     context = min(spec.context, MEMORY_CONTEXT)
     routers = [router for _, _, router in spec.routers()]
@@ -46,9 +49,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             name: size * parameters.count(spec) + state_bytes(spec, context, size)
             for name, size in BYTES.items()
         },
-        "weights_bytes": checkpoint.weights_bytes if checkpoint.tensors else None,
-        "stored_as": sorted({tensor.dtype for tensor in checkpoint.tensors.values()}),
+        "weights_bytes": checkpoint.weights_bytes if stored else None,
+        "stored_as": sorted({tensor.dtype for tensor in stored.values()}),
         "shards": len(checkpoint.shards),
+        "layout": ", ".join(plan.layouts) if plan is not None else None,
         "tokenizer": (checkpoint.folder / "tokenizer.json").is_file(),
         "layers": [[first, last, line] for first, last, line in _layer_runs(spec)],
         "notes": list(checkpoint.notes),

@@ -38,6 +38,7 @@ class LoadRequest:
     trace_path: str | None = None
     redact: bool = False
     durable: bool = False
+    force: bool = False  # replace `trace_path` if it exists
     max_context: int = 4096
 
 
