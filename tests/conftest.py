@@ -1,0 +1,16 @@
+"""For every test: a state folder of its own, no network, and one thread per worker."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ[_name] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["MOESCOPE_STATE"] = str(tmp_path_factory.mktemp("state"))
