@@ -12,7 +12,7 @@ from functools import lru_cache
 from math import cos, isnan, radians, sin
 from typing import TYPE_CHECKING, Literal
 
-from rich.color import Color, ColorSystem
+from rich.color import Color
 from rich.style import Style
 
 from moescope.ui.panels import LEVELS
@@ -242,8 +242,8 @@ def _ramp(depth: Depth, dark: bool, paper: RGB) -> list[Color]:
     ground = _to_oklab(paper)
     rest = Color.from_rgb(*_from_oklab((ground[0] + (0.055 if dark else -0.03), *ground[1:])))
     if depth == "256":
-        codes = RAMP_256_DARK if dark else RAMP_256_LIGHT
-        return [rest.downgrade(ColorSystem.EIGHT_BIT), *(Color.from_ansi(code) for code in codes)]
+        steps = [Color.from_ansi(code) for code in (RAMP_256_DARK if dark else RAMP_256_LIGHT)]
+        return [_grey_before(steps[0], rest, dark), *steps]
     first = max(0.36, ground[0] + 0.13) if dark else min(0.82, ground[0] - 0.08)
     last = max(0.82, first + 0.30) if dark else min(0.53, first - 0.25)
     blue = _polar(first, 0.075, 250.0)
@@ -254,6 +254,14 @@ def _ramp(depth: Depth, dark: bool, paper: RGB) -> list[Color]:
         light, a, b = (x + (y - x) * share for x, y in zip(blue, orange, strict=True))
         colours.append(Color.from_rgb(*_from_oklab((light, a, b))))
     return colours
+
+
+def _grey_before(first: Color, wanted: Color, dark: bool) -> Color:
+    """The palette's grey nearest to `wanted` that is still nearer to the panel than `first`."""
+    limit = lightness(first)
+    greys = [Color.from_ansi(code) for code in range(232, 256)]
+    before = [grey for grey in greys if (lightness(grey) < limit - 0.015) == dark]
+    return min(before, key=lambda grey: abs(lightness(grey) - lightness(wanted)))
 
 
 def _seen(ramp: list[Color], level: int) -> Color:

@@ -20,6 +20,7 @@ from moescope.safety import escape_char
 
 CUT = "…"
 NEWLINE = "⏎"
+FIRST_HIDDEN = "\U000e0100"  # variation selectors that can carry text, and above
 
 
 class ControlFilter(LineFilter):
@@ -29,13 +30,11 @@ class ControlFilter(LineFilter):
     """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        if all(segment.text.isascii() and segment.text.isprintable() for segment in segments):
+        if is_plain("".join([segment.text for segment in segments])):
             return segments
         width = sum(segment.cell_length for segment in segments)
         shown = [
-            segment
-            if segment.control
-            else Segment(plain(segment.text), segment.style, segment.control)
+            segment if segment.control else Segment(plain(segment.text), segment.style)
             for segment in segments
         ]
         if sum(segment.cell_length for segment in shown) == width:
@@ -43,17 +42,22 @@ class ControlFilter(LineFilter):
         return Segment.adjust_line_length(shown, width)
 
 
+def is_plain(text: str) -> bool:
+    """Whether nothing in one line of text needs escaping; may say no where nothing does."""
+    return text.isprintable() and (text.isascii() or max(text) < FIRST_HIDDEN)
+
+
 @lru_cache(maxsize=4096)
 def plain(text: str) -> str:
     """`text` as one line without anything a terminal acts on."""
-    if text.isascii() and text.isprintable():
+    if is_plain(text):
         return text
     return "".join(NEWLINE if char == "\n" else escape_char(char) for char in text)
 
 
 def cells(text: str) -> int:
     """Width in terminal cells."""
-    return len(text) if text.isascii() else cell_len(text)
+    return len(text) if text.isascii() and text.isprintable() else cell_len(text)
 
 
 def cut(text: str, width: int) -> str:
