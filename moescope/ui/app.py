@@ -1,7 +1,7 @@
 """The terminal application: one engine or one trace, the screens over it, and its endings.
 
-`run` is the entry. The engine's process is started before the terminal is taken; nothing here imports
-torch or a tokenizer. Signals and crashes leave a clean terminal and an exit code.
+`run` is the entry. The engine's process is started before the terminal is taken; nothing here
+imports torch or a tokenizer. Signals and crashes leave a clean terminal and an exit code.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(request: LoadRequest | None, replay: Path | None) -> int:
         try:
             app.run()
         finally:
-            app.watch.close()
+            app.subject.close()
     return app.return_code or 0
 
 
@@ -84,7 +84,7 @@ def _short(model: str) -> str:
 
 
 class MoescopeApp(App[int]):
-    """Everything on the screen. `watch` is what it looks at; `opener` finds another."""
+    """Everything on the screen. `subject` is what it looks at; `opener` finds another."""
 
     CSS_PATH = "app.tcss"
     TITLE = "moescope"
@@ -96,13 +96,13 @@ class MoescopeApp(App[int]):
         self, watch: Watch, opener: Opener | None = None, clock: Callable[[], float] | None = None
     ) -> None:
         super().__init__()
-        self.watch = watch
+        self.subject = watch
         self.opener = opener
         self.now = clock
         self._ended_by: int | None = None
 
     def get_default_screen(self) -> Screen[Any]:
-        return MainScreen(self.watch, self.now)
+        return MainScreen(self.subject, self.now)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         return [*super().get_line_filters(), ControlFilter()]
@@ -123,7 +123,7 @@ class MoescopeApp(App[int]):
 
     def action_leave(self) -> None:
         """End, but ask first where a long recording would be lost."""
-        count = self.watch.unsaved
+        count = self.subject.unsaved
         if count <= ASK_ABOVE:
             self.exit(return_code=self.failure_code())
             return
@@ -155,7 +155,7 @@ class MoescopeApp(App[int]):
             self.action_show_help_panel()
 
     def failure_code(self) -> int:
-        return self.watch.failed.code if self.watch.failed is not None else 0
+        return self.subject.failed.code if self.subject.failed is not None else 0
 
     @property
     def main(self) -> MainScreen:
@@ -172,7 +172,7 @@ class MoescopeApp(App[int]):
         except MoescopeError as error:
             self.notify(printable(error.message), severity="error", markup=False, timeout=10)
             return
-        old, self.watch = self.watch, fresh
+        old, self.subject = self.subject, fresh
         self.main.look_at(fresh)
         old.close()
 
@@ -190,7 +190,7 @@ class MoescopeApp(App[int]):
         await self.run_action(action, default_namespace=target)
 
     def _fatal_error(self) -> None:
-        """A bug of ours: one line and a report, instead of a stack with everybody's values in it."""
+        """A bug of ours: one line and a report, instead of a stack with values in it."""
         from moescope import reports
 
         error = self._exception
@@ -200,6 +200,11 @@ class MoescopeApp(App[int]):
         self._return_code = int(ExitCode.BUG)
         self._exit_renderables.append(Text(f"moescope: a bug of ours ({kind}){where}"))
         self._close_messages_no_wait()
+
+    def _print_error_renderables(self) -> None:
+        """Only the first: what broke next broke because of it."""
+        del self._exit_renderables[1:]
+        super()._print_error_renderables()
 
 
 def _parsed(action: str) -> tuple[str, tuple[object, ...]]:

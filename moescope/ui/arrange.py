@@ -60,7 +60,7 @@ def arrange(
 
 
 def _tiled(rows: int, routers: int, room: int) -> int:
-    """Rows of the map with each router as tall as there is room for, and a legend where one fits."""
+    """Rows of the map, each router as tall as there is room for, and a legend where one fits."""
     if rows == routers:
         rows = next((rows * tile for tile in TILES if rows * tile + LEGEND <= room), rows)
     return rows + LEGEND if rows + LEGEND <= room else rows

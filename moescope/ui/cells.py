@@ -1,10 +1,12 @@
-"""A lane's text as transcript cells, tinted by a measure. Cells of old tokens are kept, so a new token
-costs one cell; levels are recomputed only when the measure or the router changed. No widgets here.
+"""A lane's text as transcript cells, tinted by a measure. Cells of old tokens are kept, so a new
+token costs one cell; levels are recomputed only when the measure or the router changed. No
+widgets here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,30 +17,31 @@ from moescope.ui.panels import LEVELS, TokenCell, TranscriptData
 from moescope.ui.routers import RouterTable, sums_wrong
 from moescope.ui.view import NEAR_TIE
 
-Measure = Callable[[RouterTable, Lane, int, int], NDArray[np.float64]]
+Values = NDArray[np.floating[Any]]
+Measure = Callable[[RouterTable, Lane, int, int], Values]
 
 
-def _sum(table: RouterTable, lane: Lane, router: int, start: int) -> NDArray[np.float64]:
+def _sum(table: RouterTable, lane: Lane, router: int, start: int) -> Values:
     allowed = table.allowed[router]
     top = allowed[1] if isinstance(allowed, tuple) else (allowed or 1.0)
-    return lane.score_sum[start:, router].astype(float) / max(top, 1e-9)
+    return lane.score_sum[start:, router] / np.float32(max(top, 1e-9))
 
 
-def _margin(table: RouterTable, lane: Lane, router: int, start: int) -> NDArray[np.float64]:
+def _margin(table: RouterTable, lane: Lane, router: int, start: int) -> Values:
     """Bright is close: 1 at a tie, 0 from ten times a near tie up."""
-    return 1 - lane.margin[start:, router].astype(float) / (10 * NEAR_TIE)
+    return 1 - lane.margin[start:, router] / np.float32(10 * NEAR_TIE)
 
 
-def _entropy(table: RouterTable, lane: Lane, router: int, start: int) -> NDArray[np.float64]:
+def _entropy(table: RouterTable, lane: Lane, router: int, start: int) -> Values:
     most = np.log(max(2, int(table.num_experts[router])))
-    return lane.entropy[start:, router].astype(float) / most
+    return lane.entropy[start:, router] / np.float32(most)
 
 
-def _surprise(table: RouterTable, lane: Lane, router: int, start: int) -> NDArray[np.float64]:
-    return 1 - np.exp(np.minimum(lane.logprob[start:].astype(float), 0.0))
+def _surprise(table: RouterTable, lane: Lane, router: int, start: int) -> Values:
+    return 1 - np.exp(np.minimum(lane.logprob[start:], 0.0))
 
 
-def _novelty(table: RouterTable, lane: Lane, router: int, start: int) -> NDArray[np.float64]:
+def _novelty(table: RouterTable, lane: Lane, router: int, start: int) -> Values:
     used = max(1, int(table.top_k.sum()))
     return np.sqrt(np.array(lane.first_use[start:], float) / used)
 
@@ -66,7 +69,7 @@ class Cells:
         self.epoch = 0
         self.tint_epoch = 0
         self._lane: Lane | None = None
-        self._tint: tuple[str, int] = ("", -1)
+        self._tint: tuple[str, int, int | None] = ("", -1, None)
         self._cells: list[TokenCell] = []
 
     def data(
@@ -85,7 +88,7 @@ class Cells:
         if lane is not self._lane or (lane is not None and lane.count < len(self._cells)):
             self._lane, self._cells = lane, []
             self.epoch += 1
-        key = (tint, router if "{at}" in TINTS[tint][0] else -1)
+        key = (tint, router if "{at}" in TINTS[tint][0] else -1, parting)
         if key != self._tint:
             if self._cells:
                 self.tint_epoch += 1
@@ -114,7 +117,7 @@ class Cells:
     ) -> None:
         start = len(self._cells)
         tinted = levels(tint, table, lane, router, start)
-        wrong = sums_wrong(table, lane.score_sum[start:]).any(axis=1)
+        wrong = np.atleast_1d(sums_wrong(table, lane.score_sum[start:]).any(axis=1))
         for row in range(start, lane.count):
             text, special = lane.texts[row], False
             if not text:

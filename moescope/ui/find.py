@@ -64,7 +64,8 @@ def hits(lane: Lane, text: str) -> list[int]:
     for piece in lane.texts:
         starts.append(len(whole))
         whole += piece
-    found, at, wanted = [], -1, text.casefold()
+    found: list[int] = []
+    at, wanted = -1, text.casefold()
     folded = whole.casefold() if len(whole.casefold()) == len(whole) else whole.lower()
     while wanted and (at := folded.find(wanted, at + 1)) >= 0:
         row = _row_at(starts, at)

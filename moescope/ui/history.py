@@ -1,6 +1,6 @@
 """Frames as columns, one `Lane` for each lane of each sequence: what the panels are computed from.
 
-Read from a trace (live or closed) through its reader, or added one by one where no trace is written.
+Read from a trace (live or closed) through its reader, or added one by one where none is written.
 Everything but router logits is kept; logits are kept for the newest tokens and read again from the
 trace for older ones. No widgets and no engine here.
 """
@@ -115,7 +115,7 @@ class Lane:
         return self._columns["runner_up"][: self.count]
 
     def append(self, frame: Frame, index: int = -1) -> int:
-        """Add a frame; one for a position already held replaces it and all after. Returns its row."""
+        """Add a frame; one for a position held already replaces it and all after. Its row."""
         if self.count and frame.position <= self.position[-1]:
             self.count = int(np.searchsorted(self.position, frame.position))
             del self.texts[self.count :], self.variants[self.count :]
@@ -148,7 +148,7 @@ class Lane:
         return row
 
     def adopt(self, parent: Lane, position: int) -> None:
-        """Begin with what `parent` holds before `position`: a fork's shared prefix is stored once."""
+        """Begin with what `parent` holds before `position`: a shared prefix is stored once."""
         rows = int(np.searchsorted(parent.position, position))
         self._widen(parent.top_k)
         while len(self._columns["position"]) < rows:
@@ -163,6 +163,30 @@ class Lane:
         self.first_use = parent.first_use[:rows]
         self._seen = set(parent._seen)
         self.count = rows
+
+    def frame(self, row: int) -> Frame:
+        """The token in `row` as a frame, without logits."""
+        logprob = float(self.logprob[row])
+        kl = float(self.kl[row])
+        unknown = np.isnan(self.weights[row][self.expert_ids[row] >= 0]).all()
+        return Frame(
+            sequence=self.sequence,
+            lane=self.lane,
+            position=int(self.position[row]),
+            token_id=int(self.token_id[row]),
+            text=self.texts[row],
+            phase=int(self.phase[row]),
+            variant=self.variants[row],
+            expert_ids=self.expert_ids[row],
+            score_sum=self.score_sum[row],
+            mass=self.mass[row],
+            entropy=self.entropy[row],
+            margin=self.margin[row],
+            runner_up=self.runner_up[row],
+            weights=None if unknown else np.nan_to_num(self.weights[row]),
+            logprob=None if np.isnan(logprob) else logprob,
+            kl=None if np.isnan(kl) else kl,
+        )
 
     def row_of(self, position: int) -> int | None:
         row = int(np.searchsorted(self.position, position))

@@ -1,7 +1,7 @@
 """Every key as data: what it does, where it works, how help and footer name it.
 
-Bindings are made from these tables, so nothing a key does can miss from the help or the palette. Each
-has an id, by which a keymap can move it. `footer` keys are shown on the last line, eight at most.
+Bindings are made from these tables, so nothing a key does can miss from the help or the palette.
+Each has an id, by which a keymap can move it. `footer` keys stand on the last line, eight at most.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from textual.binding import Binding
+    from textual.binding import BindingType
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ TOKEN = (
 TABLES = {"app": APP, "main": MAIN, "compare": COMPARE, "token": TOKEN}
 
 
-def bindings(where: str) -> list[Binding]:
+def bindings(where: str) -> list[BindingType]:
     """The bindings of one screen, in footer order."""
     from textual.binding import Binding
 

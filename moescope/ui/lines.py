@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from moescope.engine.protocol import Failed
+from moescope.errors import MoescopeError
 from moescope.safety import printable
 from moescope.ui import routers
 from moescope.ui.history import Lane
@@ -72,7 +73,7 @@ def spec_line(table: RouterTable, router: int, expression: str | None) -> str:
     """The router at the cursor in words, under the variant that is in force or shown."""
     try:
         specs = routers.specs_under(table, expression or routers.TRAINED)
-    except Exception:  # a trace may name variants this version does not know
+    except MoescopeError:  # a trace may name variants this version does not know
         return printable(expression or "", 60)
     return str(specs[router].line())
 

@@ -142,10 +142,10 @@ def reroute(
 
 def _vectors(
     table: RouterTable, spec: RouterSpec, members: list[int], token_id: int
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, Any]:
     """The learned vectors that `spec` uses, one row for each of its routers."""
     own = [table.tensors.get(router, {}) for router in members]
-    found: dict[str, NDArray[Any]] = {}
+    found: dict[str, Any] = {}
     for name in ("correction_bias", "per_expert_scale"):
         if all(name in tensors for tensors in own):
             found[name] = np.stack([tensors[name] for tensors in own])
@@ -215,7 +215,7 @@ def bar_variants(table: RouterTable) -> tuple[str, ...]:
     names = ["softmax_over_selected", "no_renormalisation"]
     names += [f"num_experts_per_tok-{max(1, k // 4)}"] if k > 1 else []
     names += ["wrong_scoring_func", "raw_logits_as_weights"]
-    chosen, same = [TRAINED], []
+    chosen, same = [TRAINED], list[str]()
     for name in names:
         specs = _meaningful(table, name)
         if specs is not None:

@@ -1,7 +1,7 @@
 """From history, cursor and variant to what each panel draws. Pure: no widget, no clock, no engine.
 
 Loads are counted over the last `WINDOW` tokens up to the cursor and quantised to `LEVELS` steps of
-the fair share here, before anything is compared, so that a number that hardly moved redraws nothing.
+the fair share here, before anything is compared: a number that hardly moved redraws nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.errors import MoescopeError
+from moescope.kernels.spec import RouterSpec
 from moescope.safety import printable
 from moescope.ui import routers
 from moescope.ui.history import Lane
@@ -200,8 +202,9 @@ def token_data(
     ties = (int((margins[known] < NEAR_TIE).sum()), int(known.sum())) if known.any() else None
     logprob = _known(lane.logprob[row])
     token_id = int(lane.token_id[row])
+    text = lane.texts[row] or pieces.get(token_id, "")
     return TokenData(
-        title=f"token {int(lane.position[row])} {quoted(lane.texts[row] or pieces.get(token_id, ''))}",
+        title=f"token {int(lane.position[row])} {quoted(text)}",
         token_id=token_id,
         probability=None if logprob is None else float(np.exp(min(logprob, 0.0))),
         rank=int(lane.rank[row]) or None,
@@ -282,15 +285,21 @@ def variant_bar(
     return VariantBarData(tuple(items))
 
 
-def variant_title(
-    table: RouterTable, expression: str, specs: tuple[routers.RouterSpec, ...]
-) -> str:
+def variant_title(table: RouterTable, expression: str, specs: tuple[RouterSpec, ...]) -> str:
     """A name people can read: the catalogue's title, with the router in words for `trained`."""
     from moescope.variants import title
 
     if expression == routers.TRAINED:
         return f"trained  {specs[0].line()}" if specs else "trained"
     return printable(title(expression), 60)
+
+
+def title_of(table: RouterTable, expression: str) -> str:
+    """`variant_title` of an expression that may be unknown here."""
+    try:
+        return variant_title(table, expression, routers.specs_under(table, expression))
+    except MoescopeError:
+        return printable(expression, 60)
 
 
 def quoted(text: str) -> str:

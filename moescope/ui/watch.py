@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from moescope.engine import protocol as p
 from moescope.errors import ExitCode, MoescopeError
@@ -142,7 +142,7 @@ class Watch:
             text = event.message + (f"  Try: {event.hint}" if event.hint else "")
             self.notes.append(p.Note(text, "error"))
 
-    _taken: dict[type, Callable[[Any, Any], None]] = {
+    _taken: ClassVar[dict[type, Callable[[Any, Any], None]]] = {
         p.Loading: _on_loading,
         p.Loaded: _on_loaded,
         p.Prompted: _on_prompted,

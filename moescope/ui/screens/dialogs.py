@@ -6,9 +6,11 @@ Each dismisses with its answer, or None where the user left. Foreign text is sho
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
+from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical
 from textual.geometry import Region
 from textual.screen import ModalScreen
@@ -24,7 +26,7 @@ Check = Callable[[str], str]  # returns what is wrong, "" when it is right
 class AskScreen(ModalScreen[str | None]):
     """One line of text; `check` is asked on enter, and its answer stands below."""
 
-    BINDINGS = [("escape", "dismiss(None)", "Cancel")]
+    BINDINGS: ClassVar[list[BindingType]] = [("escape", "dismiss(None)", "Cancel")]
 
     def __init__(
         self, title: str, placeholder: str = "", value: str = "", check: Check | None = None
@@ -56,7 +58,7 @@ class AskScreen(ModalScreen[str | None]):
 class ChoiceScreen(ModalScreen[str | None]):
     """One of a few options, by arrow and enter."""
 
-    BINDINGS = [("escape,q", "dismiss(None)", "Cancel")]
+    BINDINGS: ClassVar[list[BindingType]] = [("escape,q", "dismiss(None)", "Cancel")]
 
     def __init__(self, title: str, options: tuple[tuple[str, str], ...]) -> None:
         super().__init__(classes="question")
@@ -76,7 +78,7 @@ class ChoiceScreen(ModalScreen[str | None]):
 class FormScreen(ModalScreen[dict[str, str] | None]):
     """A few named lines of text, checked together."""
 
-    BINDINGS = [("escape", "dismiss(None)", "Cancel")]
+    BINDINGS: ClassVar[list[BindingType]] = [("escape", "dismiss(None)", "Cancel")]
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class FormScreen(ModalScreen[dict[str, str] | None]):
 class MessageScreen(ModalScreen[None]):
     """A text to read."""
 
-    BINDINGS = [("escape,q,enter", "dismiss(None)", "Close")]
+    BINDINGS: ClassVar[list[BindingType]] = [("escape,q,enter", "dismiss(None)", "Close")]
 
     def __init__(self, title: str, text: str) -> None:
         super().__init__(classes="question")

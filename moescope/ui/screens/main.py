@@ -17,12 +17,13 @@ from textual.widgets import Footer, Input, Label, Static
 
 from moescope.engine import protocol as p
 from moescope.safety import printable
-from moescope.ui import arrange, lines, view
+from moescope.ui import arrange, lines, routers, view
 from moescope.ui.cells import Cells
 from moescope.ui.clock import Clock
+from moescope.ui.history import Lane
 from moescope.ui.looking import Looking
 from moescope.ui.pace import BASE, FULL, Pace
-from moescope.ui.panels import TransportData
+from moescope.ui.panels import StatusData, TransportData
 from moescope.ui.screens.main_keys import MainKeys
 from moescope.ui.watch import Watch
 from moescope.ui.widgets.expert_map import ExpertMap
@@ -49,7 +50,7 @@ class MainScreen(MainKeys):
 
     def __init__(self, watch: Watch, now: Callable[[], float] | None = None) -> None:
         super().__init__()
-        self.watch = watch
+        self.subject = watch
         self.look = Looking(watch)
         self.pace = Pace()
         self.playing = False
@@ -86,7 +87,7 @@ class MainScreen(MainKeys):
         yield Footer()
 
     def on_mount(self) -> None:
-        self.look_at(self.watch)
+        self.look_at(self.subject)
 
     # --- the clock
 
@@ -97,20 +98,23 @@ class MainScreen(MainKeys):
         self._timer = self.set_interval(1 / self.clock.rate, self.tick)
 
     def tick(self) -> None:
-        """One beat: take the news, move what plays, draw what changed."""
+        """One beat: take the news, draw what changed."""
+        self.news()
+        self.draw()
+
+    def news(self) -> None:
+        """Take what arrived and move what plays; screens over this one call it too."""
         now = self.now()
-        if self.clock.beat(now):
+        if self.clock.beat(now) and self.is_current:
             self._start_clock()
-        was_ready = self.watch.table is not None
-        was_live = self.watch.live
-        self.watch.pump()
-        if self.watch.table is not None and not was_ready:
+        was_ready, was_live = self.subject.table is not None, self.subject.live
+        self.subject.pump()
+        if self.subject.table is not None and not was_ready:
             self._ready()
         self._play(now)
         self._say()
-        if was_live != self.watch.live or not was_ready:
+        if was_live != self.subject.live or not was_ready:
             self.refresh_bindings()
-        self.draw()
 
     def _play(self, now: float) -> None:
         """Advance by what the pace owes: rows of a replay, steps of a live run."""
@@ -118,19 +122,19 @@ class MainScreen(MainKeys):
             return
         due = self.pace.due(now)
         lane = self.look.lane
-        if self.watch.mode == "replay":
+        if self.subject.mode == "replay":
             if lane is not None and due:
                 self.look.seek(self.look.at + due)
                 self.playing = self.look.at < lane.count - 1
-        elif self.watch.mode == "paused" and lane is not None:
+        elif self.subject.mode == "paused" and lane is not None:
             if self._stepped[0] is not lane or lane.count >= self._stepped[1]:
-                self.watch.send(p.Step(max(1, due)))
+                self.subject.send(p.Step(max(1, due)))
                 self._stepped = (lane, lane.count + max(1, due))
-        elif self.watch.mode == "idle" and self.watch.finished:
+        elif self.subject.mode == "idle" and self.subject.finished:
             self.playing = False
 
     def _say(self) -> None:
-        notes, self.watch.notes[:] = list(self.watch.notes), []
+        notes, self.subject.notes[:] = list(self.subject.notes), []
         for note in notes:
             severity = {"error": "error", "warning": "warning"}.get(note.kind, "information")
             self.say(note.text, severity)
@@ -160,7 +164,7 @@ class MainScreen(MainKeys):
 
     def look_at(self, watch: Watch) -> None:
         """Show another engine or trace."""
-        self.watch, self.look = watch, Looking(watch)
+        self.subject, self.look = watch, Looking(watch)
         self.pace, self.playing = Pace(), False
         self._drawn, self._cells = None, Cells()
         self._start_clock()
@@ -172,14 +176,14 @@ class MainScreen(MainKeys):
     def _ready(self) -> None:
         """Routers are known now: lay out for them, and begin what begins by itself."""
         self._place()
-        replay = self.watch.mode == "replay"
+        replay = self.subject.mode == "replay"
         if replay:
             self.pace, self.playing = Pace(BASE), True
             lane = self.look.lane
             if lane is not None and lane.count:
                 decoding = [i for i in range(lane.count) if lane.phase[i]]
                 self.look.row = decoding[0] if decoding else 0
-        elif self.watch.demo and self.watch.generate is None:
+        elif self.subject.demo and self.subject.generate is None:
             self.pace = Pace(DEMO_PACE)
             self.begin_demo()
         self.set_class(replay, "-replay")
@@ -192,7 +196,7 @@ class MainScreen(MainKeys):
 
     def ask(self, prompt: str) -> None:
         """Generate from `prompt`, at the pace that is set."""
-        self.watch.ask(prompt, paused=self.pace.rate is not FULL)
+        self.subject.ask(prompt, paused=self.pace.rate is not FULL)
         self._begin()
 
     def _begin(self) -> None:
@@ -214,11 +218,11 @@ class MainScreen(MainKeys):
         self._drawn = None
 
     def _place(self) -> None:
-        table = self.watch.table
+        table = self.subject.table
         if table is None:
             return
         chart = self.query_one("#map", ExpertMap)
-        chrome = CHROME + (self.watch.mode == "replay")
+        chrome = CHROME + (self.subject.mode == "replay")
         place = arrange.arrange(
             self.size.width,
             max(1, self.size.height - chrome),
@@ -233,26 +237,23 @@ class MainScreen(MainKeys):
         chart.styles.height = place.map_height
         for panel in self.query(LayerPanel):
             panel.styles.height = place.layer_height
+        self.query_one(Footer).show_command_palette = place.kind != "column"
 
     @property
     def mode(self) -> lines.Mode:
         """What the status says: a run that is stepped at a pace is running."""
-        mode: lines.Mode = self.watch.mode  # type: ignore[assignment]
+        mode: lines.Mode = self.subject.mode  # type: ignore[assignment]
         return "running" if mode == "paused" and self.playing else mode
 
     def draw(self) -> None:
         """Show everything that differs from what is shown."""
         if not self.is_mounted:
             return
-        watch, look = self.watch, self.look
+        watch, look = self.subject, self.look
         self.set_class(watch.failed is not None, "-failed")
         self.set_class(watch.table is None and watch.failed is None, "-loading")
         lane, row = look.lane, look.at
-        rate = (self.pace.rate or watch.rate) if self.playing else watch.rate
-        rate = rate if self.mode in ("running", "replay") else 0.0
-        self.query_one(StatusLine).show(
-            lines.status(watch, self.mode, rate, lane, row, look.address(), self.clock.measured)
-        )
+        self.query_one(StatusLine).show(self.status())
         if watch.failed is not None:
             self.query_one("#failed", Static).update(lines.failure(watch.failed))
         if watch.table is None:
@@ -266,8 +267,17 @@ class MainScreen(MainKeys):
         else:
             self._draw_token(lane, row)
 
+    def status(self) -> StatusData:
+        """The line on top, here and on the compare screen."""
+        look, watch = self.look, self.subject
+        rate = (self.pace.rate or watch.rate) if self.playing else watch.rate
+        rate = rate if self.mode in ("running", "replay") else 0.0
+        return lines.status(
+            watch, self.mode, rate, look.lane, look.at, look.address(), self.clock.measured
+        )
+
     def _draw_bars(self) -> None:
-        watch, look = self.watch, self.look
+        watch, look = self.subject, self.look
         assert watch.table is not None
         self.query_one(VariantBar).show(
             view.variant_bar(
@@ -290,14 +300,14 @@ class MainScreen(MainKeys):
                 )
             )
 
-    def _draw_text(self, lane: view.Lane | None, row: int) -> None:
-        assert self.watch.table is not None and self.watch.history is not None
+    def _draw_text(self, lane: Lane | None, row: int) -> None:
+        assert self.subject.table is not None and self.subject.history is not None
         follow = self.look.row is None
         at = f"token {int(lane.position[row])}" if lane is not None and row >= 0 else ""
         self.query_one(Transcript).show(
             self._cells.data(
-                self.watch.history,
-                self.watch.table,
+                self.subject.history,
+                self.subject.table,
                 lane,
                 self.look.router,
                 self.look.tint,
@@ -307,8 +317,8 @@ class MainScreen(MainKeys):
             )
         )
 
-    def _draw_token(self, lane: view.Lane, row: int) -> None:
-        watch, look, table = self.watch, self.look, self.watch.table
+    def _draw_token(self, lane: Lane, row: int) -> None:
+        watch, look, table = self.subject, self.look, self.subject.table
         assert table is not None and watch.history is not None
         settled = not self.playing and not watch.live
         key = (id(lane), row, look.router, look.expert, look.shown, settled, watch.variants)
@@ -334,7 +344,7 @@ class MainScreen(MainKeys):
         variants: tuple[str, ...] = ()
         if settled:
             logits = watch.history.logits(lane, row)
-            made = view.routers.as_generated(lane, row)
+            made = routers.as_generated(lane, row)
             token_id = int(lane.token_id[row])
             variants = view.variant_lines(table, logits, token_id, made, look.lettered()[:4])
         self.query_one(TokenPanel).show(
@@ -367,7 +377,7 @@ class MainScreen(MainKeys):
     @on(Input.Submitted, "#prompt")
     def _prompted(self, event: Input.Submitted) -> None:
         self.set_focus(None)
-        if event.value and self.watch.table is not None:
+        if event.value and self.subject.table is not None:
             self.ask(event.value)
             self.draw()
 

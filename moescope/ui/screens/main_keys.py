@@ -32,8 +32,28 @@ PANELS = {"map": "#map", "layer": "#layer", "sums": "#sums", "token": "#token"}
 LIVE_ONLY = frozenset(("prompt", "generate", "rerun", "stop", "sampling", "chat", "reseed"))
 REPLAY_ONLY = frozenset(("mark",))
 NEEDS_TOKENS = frozenset(
-    ("step", "back", "shown", "compare", "inspect", "export", "layer", "pick", "expert", "token")
-    + ("change", "edge", "find", "hit", "add_variant", "zoom", "tint", "follow", "lane", "go_to")
+    [
+        "step",
+        "back",
+        "shown",
+        "compare",
+        "inspect",
+        "export",
+        "layer",
+        "pick",
+        "expert",
+        "token",
+        "change",
+        "edge",
+        "find",
+        "hit",
+        "add_variant",
+        "zoom",
+        "tint",
+        "follow",
+        "lane",
+        "go_to",
+    ]
 )
 
 
@@ -42,7 +62,7 @@ class MainKeys(Screen[None]):
 
     KEYS = "main"
     BINDINGS = keys.bindings("main")
-    watch: Watch
+    subject: Watch
     look: Looking
     pace: Pace
     playing: bool
@@ -58,10 +78,10 @@ class MainKeys(Screen[None]):
         raise NotImplementedError
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        replay = self.watch.mode == "replay"
+        replay = self.subject.mode == "replay"
         if (action in LIVE_ONLY and replay) or (action in REPLAY_ONLY and not replay):
             return False
-        if action in NEEDS_TOKENS and self.watch.table is None:
+        if action in NEEDS_TOKENS and self.subject.table is None:
             return None
         return True
 
@@ -72,7 +92,7 @@ class MainKeys(Screen[None]):
     # --- running
 
     def action_pause(self) -> None:
-        watch = self.watch
+        watch = self.subject
         if watch.mode == "replay":
             lane = self.look.lane
             if not self.playing and lane is not None and self.look.at == lane.count - 1:
@@ -88,14 +108,14 @@ class MainKeys(Screen[None]):
         self.draw()
 
     def action_step(self) -> None:
-        if self.watch.mode == "replay":
+        if self.subject.mode == "replay":
             self.playing = False
             self.look.move_token(1)
         else:
-            if self.watch.mode == "running":
-                self.watch.send(p.Pause())
+            if self.subject.mode == "running":
+                self.subject.send(p.Pause())
             self.playing, self.look.row = False, None
-            self.watch.send(p.Step(1))
+            self.subject.send(p.Step(1))
         self.draw()
 
     def action_back(self) -> None:
@@ -105,22 +125,22 @@ class MainKeys(Screen[None]):
 
     def _hold(self) -> None:
         """Looking back stops what plays by itself."""
-        if self.watch.mode == "replay":
+        if self.subject.mode == "replay":
             self.playing = False
 
     def action_stop(self) -> None:
-        if self.watch.live or self.playing or self.watch.mode == "paused":
+        if self.subject.live or self.playing or self.subject.mode == "paused":
             self.playing = False
-            self.watch.send(p.Stop())
+            self.subject.send(p.Stop())
         else:
             self.say("nothing is running; ctrl+q quits")
 
     def action_rerun(self, new_seed: bool) -> None:
         seed = secrets.randbelow(2**31) if new_seed else None
-        if not self.watch.again(seed, paused=self.pace.rate is not None):
+        if not self.subject.again(seed, paused=self.pace.rate is not None):
             self.say("no prompt yet: press i and type one")
             return
-        if new_seed and self.watch.sampling.temperature == 0:
+        if new_seed and self.subject.sampling.temperature == 0:
             self.say("temperature is 0, so every seed gives the same text; s changes that")
         self._begin()
         self.draw()
@@ -131,22 +151,22 @@ class MainKeys(Screen[None]):
         if expression is None:
             self.say(f"{letter} is free: + puts a variant there")
             return
-        self.watch.send(p.SetVariant(self.look.lane_number, expression))
-        self.watch.lanes[self.look.lane_number] = expression
+        self.subject.send(p.SetVariant(self.look.lane_number, expression))
+        self.subject.lanes[self.look.lane_number] = expression
         self.look.shown = None
-        if self.watch.mode == "idle" and self.watch.generate is not None:
+        if self.subject.mode == "idle" and self.subject.generate is not None:
             self.action_rerun(False)
         self.draw()
 
     def action_speed(self, direction: int) -> None:
-        replay = self.watch.mode == "replay"
+        replay = self.subject.mode == "replay"
         self.pace.change(direction, can_be_full=not replay)
-        if not replay and self.watch.live and self.pace.rate is not None:
-            self.watch.send(p.Pause())
+        if not replay and self.subject.live and self.pace.rate is not None:
+            self.subject.send(p.Pause())
             self.playing = True
         elif not replay and self.playing and self.pace.rate is None:
             self.playing = False
-            self.watch.send(p.Resume())
+            self.subject.send(p.Resume())
         rate = "as fast as it goes" if self.pace.rate is None else f"{self.pace.rate:g} tok/s"
         if not replay:
             self.say(f"pace: {rate}")
@@ -158,15 +178,15 @@ class MainKeys(Screen[None]):
         self.query_one("#prompt", Input).focus()
 
     def action_chat(self) -> None:
-        if not self.watch.facts.get("has_chat_template"):
+        if not self.subject.facts.get("has_chat_template"):
             self.say("this model has no chat template: prompts are raw text")
             return
-        self.watch.chat = not self.watch.chat
-        self.watch.turns.clear()
+        self.subject.chat = not self.subject.chat
+        self.subject.turns.clear()
         self.draw()
 
     def action_sampling(self) -> None:
-        now = self.watch.sampling
+        now = self.subject.sampling
         fields = tuple(
             (name, f"{getattr(now, name):g}", hint)
             for name, hint in (
@@ -183,7 +203,7 @@ class MainKeys(Screen[None]):
 
     def _sampled(self, values: dict[str, str] | None) -> None:
         if values is not None:
-            self.watch.sampling = sampling_of(values)
+            self.subject.sampling = sampling_of(values)
 
     # --- moving
 
@@ -250,7 +270,7 @@ class MainKeys(Screen[None]):
 
     def action_lane(self) -> None:
         number = self.look.next_lane()
-        self.say(f"lane {number + 1}: {self.watch.lanes.get(number, TRAINED)}")
+        self.say(f"lane {number + 1}: {self.subject.lanes.get(number, TRAINED)}")
         self.draw()
 
     # --- showing
@@ -330,7 +350,7 @@ class MainKeys(Screen[None]):
     def action_compare(self) -> None:
         from moescope.ui.screens.compare import CompareScreen
 
-        history, watch = self.watch.history, self.watch
+        history, watch = self.subject.history, self.subject
         lanes = set(watch.lanes) | set(history.lane_numbers() if history is not None else ())
         if len(lanes) < 2 and watch.mode == "replay":
             self.say("this trace holds one lane: there is nothing to compare it with")
@@ -340,15 +360,15 @@ class MainKeys(Screen[None]):
             watch.send(p.AddLane(self.look.shown or (others[0] if others else TRAINED)))
             if watch.generate is not None:
                 self.action_rerun(False)
-        self.app.push_screen(CompareScreen(watch, self.look, self.clock, self.pace))
+        self.app.push_screen(CompareScreen(self))  # type: ignore[arg-type]
 
     def action_export(self) -> None:
         from moescope.ui.screens.export import ExportScreen
 
-        if self.watch.trace_path is None:
+        if self.subject.trace_path is None:
             self.say("there is no trace to save yet")
             return
-        self.app.push_screen(ExportScreen(self.watch), self._exported)
+        self.app.push_screen(ExportScreen(self.subject), self._exported)
 
     def _exported(self, target: Path | None) -> None:
         if target is not None:
@@ -359,7 +379,7 @@ class MainKeys(Screen[None]):
 
         change = getattr(self.app, "change", None)
         if change is not None:
-            start = Path(self.watch.trace_path or Path.cwd())
+            start = Path(self.subject.trace_path or Path.cwd())
             self.app.push_screen(
                 OpenScreen(start.parent if start.is_file() else Path.cwd()),
                 lambda path: change(path) if path is not None else None,
