@@ -133,12 +133,12 @@ def _row_fault(name: str, column: Array, get: Get) -> str | None:
 def _logits_fault(logits: Array, get: Get, classes: Mapping[int, Array]) -> str | None:
     bad = (np.isnan(logits) | np.isposinf(logits)) & _valid(get)[..., None]
     bad &= ((get("flags") & FLAGS["logits"]) > 0)[:, None, None]
-    shape = get("shape")
-    used = np.arange(logits.shape[2])[None, None] < shape[:, 2][:, None, None]
+    shape, classes_of = get("shape"), np.arange(logits.shape[2])
     for routers in np.unique(shape[:, 0]).tolist():
+        mine = shape[:, 0] == routers
+        bad[mine] &= classes_of < shape[mine, 2][:, None, None]
         if routers in classes:
-            mine = shape[:, 0] == routers
-            limit = np.zeros((1, logits.shape[1], 1), dtype=np.int64)
-            limit[0, :routers, 0] = classes[routers]
-            used[mine] = used[mine] & (np.arange(logits.shape[2])[None, None] < limit)
-    return _not_finite("logits", bad & used)
+            limit = np.zeros((logits.shape[1], 1), dtype=np.int64)
+            limit[:routers, 0] = classes[routers]
+            bad[mine] &= classes_of < limit
+    return _not_finite("logits", bad)

@@ -30,6 +30,9 @@ STEPS = 20_000  # of SQLite's machine between two looks at the clock
 JOINED_WAL = 2  # the header's word for a file that has a -wal beside it
 CONVERT_HINT = "moescope convert reads other formats"
 
+# What reading a damaged file may raise; sqlite3 decodes the messages of SQLite, which quote it.
+READ_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_TRANSACTION}
 
 
@@ -99,6 +102,7 @@ def open_reading(path: Path, immutable: bool) -> tuple[sqlite3.Connection, Deadl
         db.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, 4096)
         db.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
         db.setlimit(sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH, 0)
+        db.text_factory = lambda data: data.decode("utf-8", "replace")
         deadline = Deadline()
         db.set_progress_handler(deadline.passed, STEPS)
         for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "query_only=ON"):

@@ -11,7 +11,7 @@ import os
 import sqlite3
 from pathlib import Path
 
-from moescope.trace.database import wal_path
+from moescope.trace.database import READ_ERRORS, wal_path
 
 try:
     import fcntl
@@ -51,7 +51,7 @@ def writer_of(path: Path) -> str | None:
             return str(int(json.loads(row[0])["pid"]))
         finally:
             db.close()
-    except (sqlite3.Error, ValueError, TypeError, KeyError):
+    except (*READ_ERRORS, ValueError, TypeError, KeyError):
         return "unknown"
 
 

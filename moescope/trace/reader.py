@@ -72,6 +72,8 @@ class TraceReader:
             reader.refresh()
             if reader.complete:
                 reader._compare_with_closed()
+            elif reader._without_wal and not reader.count:
+                raise trace_error(path, *database.COPIED_WITHOUT_WAL)
         except BaseException:
             reader.close()
             raise
@@ -207,7 +209,7 @@ class TraceReader:
                 raise trace_error(self.path, "expected a file, found none")
             joined = False if wal or self._live else database.check_header(self.path)
             connection = database.open_reading(self.path, immutable=not wal and not self._live)
-        except sqlite3.Error as error:
+        except database.READ_ERRORS as error:
             raise self._damaged(error) from error
         except OSError as error:
             reason = (error.strerror or "cannot be read").lower()
@@ -229,7 +231,7 @@ class TraceReader:
             deadline.restart()
             try:
                 yield db
-            except sqlite3.Error as error:
+            except database.READ_ERRORS as error:
                 raise self._damaged(error) from error
             finally:
                 if self._live and self.complete:
@@ -240,7 +242,7 @@ class TraceReader:
             self._connection[0].close()
             self._connection = None
 
-    def _damaged(self, error: sqlite3.Error) -> MoescopeError:
+    def _damaged(self, error: Exception) -> MoescopeError:
         if "interrupted" in str(error):
             return trace_error(self.path, "reading takes longer than any trace of moescope does")
         return trace_error(self.path, f"the file is damaged ({single_line(str(error), 120)})")
