@@ -158,7 +158,7 @@ def _rows(values: list[Any], name: str) -> NDArray[Any]:
 class FakeTokenizer:
     """One id a character, bytes for the rest, and a chat template."""
 
-    end_ids = (END,)
+    end_ids: tuple[int, ...] = (END,)
     has_chat_template = True
     hash = "fake"
 
@@ -245,7 +245,9 @@ def open_fake(
     model = fake(poison=20 if behaviour == "poison" else None)
     if behaviour in HOOKS:
         model.interpreter.hook = HOOKS[behaviour]
-    return model, FakeTokenizer()
+    tokenizer = FakeTokenizer()
+    tokenizer.end_ids = ()  # it runs until it is told to stop
+    return model, tokenizer
 
 
 def _after(count: int, act: Callable[[], None]) -> Callable[[FakeInterpreter], None]:

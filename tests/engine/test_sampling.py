@@ -1,0 +1,166 @@
+"""Sampling: ties, transformers' filters, numbers that repeat, and rows that are no rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from moescope.engine.protocol import Sampling
+from moescope.engine.sampling import (
+    Expectation,
+    candidates,
+    check,
+    choose,
+    divergence,
+    largest,
+    uniform,
+)
+from moescope.errors import MoescopeError
+
+ROWS = arrays(
+    np.float32,
+    st.integers(1, 40),
+    elements=st.sampled_from([-np.inf, -3.0, -1.0, 0.0, 0.5, 0.5, 2.0, 7.0]),
+)
+
+
+def expectation(row: object) -> Expectation:
+    found = Expectation.of(np.asarray(row, np.float32))
+    assert found is not None
+    return found
+
+
+def test_greedy_takes_the_lower_id_of_equal_logits() -> None:
+    assert choose(expectation([0, 3, 1, 3]), Sampling(), 5) == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_that_is_no_distribution_is_none(bad: float) -> None:
+    assert Expectation.of(np.array([0.0, bad, 1.0], np.float32)) is None
+    assert Expectation.of(np.full(4, -np.inf, np.float32)) is None
+
+
+@given(ROWS)
+def test_expectation_against_a_slow_twin(row: np.ndarray) -> None:
+    found = Expectation.of(row)
+    if not np.isfinite(row.max()):
+        assert found is None
+        return
+    assert found is not None
+    order = sorted(range(len(row)), key=lambda i: (-row[i], i))
+    wide = row.astype(np.float64)
+    logprobs = wide - np.log(np.exp(wide).sum())
+    assert [i for i, _ in found.likeliest()] == order[:8]
+    for rank, token in enumerate(order, start=1):
+        assert found.rank(token) == rank
+        assert found.logprob(token) == pytest.approx(logprobs[token], abs=1e-5)
+
+
+@given(ROWS, st.integers(0, 50))
+def test_largest_is_a_stable_sort_cut_short(row: np.ndarray, count: int) -> None:
+    order = sorted(range(len(row)), key=lambda i: (-row[i], i))
+    assert largest(row, count).tolist() == order[:count]
+
+
+SAMPLINGS = st.builds(
+    Sampling,
+    temperature=st.sampled_from([1e-3, 0.3, 1.0, 2.5]),
+    top_k=st.integers(0, 50),
+    top_p=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    seed=st.integers(-5, 2**70),
+)
+
+
+@given(ROWS, SAMPLINGS, st.integers(0, 10_000))
+def test_a_drawn_token_is_a_candidate_that_the_model_allows(
+    row: np.ndarray, sampling: Sampling, position: int
+) -> None:
+    if not np.isfinite(row.max()):
+        return
+    token = choose(expectation(row), sampling, position)
+    ids, weights = candidates(expectation(row), sampling)
+    assert token in ids.tolist()
+    assert weights[ids.tolist().index(token)] > 0 and np.isfinite(row[token])
+    assert token == choose(expectation(row), sampling, position)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.3, top_k=20),
+        Sampling(temperature=0.7, top_p=0.8),
+        Sampling(temperature=1.1, min_p=0.07),
+        Sampling(temperature=0.9, top_k=300, top_p=0.95, min_p=0.02),
+        Sampling(temperature=3.0, top_p=0.999),
+    ],
+)
+def test_the_filters_are_those_of_transformers(sampling: Sampling) -> None:
+    """Which tokens are left and with which probability, for vocabularies around the first look."""
+    import torch
+    from transformers.generation import logits_process as theirs
+
+    warpers = [theirs.TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k:
+        warpers.append(theirs.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(theirs.TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(theirs.MinPLogitsWarper(sampling.min_p))
+    random = np.random.default_rng(3)
+    for size in (30, 1024, 5000):
+        row = random.normal(scale=2.0, size=size).astype(np.float32)
+        scores = torch.from_numpy(row)[None].double()
+        for warper in warpers:
+            scores = warper(None, scores)
+        expected = scores.softmax(-1)[0].numpy()
+        ids, weights = candidates(expectation(row), sampling)
+        assert ids.tolist() == np.flatnonzero(expected).tolist()
+        np.testing.assert_allclose(weights / weights.sum(), expected[ids], rtol=1e-5)
+
+
+def test_draws_follow_the_distribution() -> None:
+    row = np.log(np.array([0.5, 0.0, 0.25, 0.2, 0.05]) + 1e-30).astype(np.float32)
+    draws = [choose(expectation(row), Sampling(temperature=1.0), p) for p in range(4000)]
+    shares = np.bincount(draws, minlength=5) / len(draws)
+    np.testing.assert_allclose(shares, [0.5, 0.0, 0.25, 0.2, 0.05], atol=0.03)
+
+
+@settings(max_examples=50)
+@given(st.integers(-(2**64), 2**130), st.integers(0, 2**40))
+def test_numbers_depend_on_seed_and_position_alone(seed: int, position: int) -> None:
+    value = uniform(seed, position)
+    assert 0.0 <= value < 1.0 and value == uniform(seed, position)
+    assert value != uniform(seed + 1, position) and value != uniform(seed, position + 1)
+
+
+@given(ROWS, ROWS)
+def test_divergence_is_never_negative_and_0_on_itself(a: np.ndarray, b: np.ndarray) -> None:
+    size = min(len(a), len(b))
+    p, q = Expectation.of(a[:size]), Expectation.of(b[:size])
+    if p is None or q is None:
+        return
+    assert divergence(p, p) == pytest.approx(0.0, abs=1e-6)
+    assert divergence(p, q) >= 0.0
+    lost = np.isfinite(a[:size]) & ~np.isfinite(b[:size])
+    assert np.isinf(divergence(p, q)) == bool(lost.any())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", float("nan")),
+        ("temperature", -0.1),
+        ("top_k", -1),
+        ("top_p", 1.5),
+        ("min_p", -0.5),
+        ("max_new_tokens", -1),
+    ],
+)
+def test_a_field_out_of_range_is_named(field: str, value: float) -> None:
+    with pytest.raises(MoescopeError, match=f"^{field}: expected"):
+        check(Sampling(**{field: value}))
