@@ -75,7 +75,8 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
             elif name.endswith(".bias"):
                 tensor.copy_(0.5 * noise)
             elif "embed_tokens" in name:
-                tensor.copy_(noise)
+                # a tied head would only ever repeat the token it reads, were embeddings large
+                tensor.copy_(0.1 * noise if config.tie_word_embeddings else noise)
             else:
                 gain = 2.0 if name.endswith((".gate.weight", "lm_head.weight")) else 1.2
                 tensor.copy_(gain * noise / tensor.shape[-1] ** 0.5)
@@ -134,6 +135,8 @@ def save_checkpoint(
     else:
         model.config.save_pretrained(folder)
         tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+        if model.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
         if layout == "mlx":
             tensors = _mlx_layout(tensors, model.config.model_type)
         elif layout != "fused":

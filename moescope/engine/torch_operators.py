@@ -136,10 +136,7 @@ class TorchAttention:
             return lambda qk: torch.cat((q_norm(qk[:, :split]), k_norm(qk[:, split:])), -1)
         every = torch.cat((q_weight.expand(s.heads, -1), k_weight.expand(s.kv_heads, -1)))
         shape, eps = (s.head_dim,), s.qk_norm.eps
-        heads = (s.heads + s.kv_heads, s.head_dim)
-        return lambda qk: (every * F.rms_norm(qk.unflatten(-1, heads), shape, None, eps)).flatten(
-            -2
-        )
+        return lambda qk: every * F.rms_norm(qk.reshape(len(qk), -1, s.head_dim), shape, None, eps)
 
     def open(self, lanes: int, capacity: int, device: str) -> None:
         """Allocate the cache, keeping what it holds."""
