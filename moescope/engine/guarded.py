@@ -39,20 +39,20 @@ def run(task: Literal["tokenizer", "template"], payload: bytes, seconds: float) 
     site = importlib.util.find_spec(_LIBRARY[task])
     if site is None or site.origin is None:
         return Answer({}, f"{_LIBRARY[task]} is not installed")
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            *("-I", "-B", "-X", "utf8", str(_CHILD)),
-            *(task, str(max(int(seconds), 1)), str(LIMITS.child_bytes)),
-            str(Path(site.origin).parent.parent),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=_ENVIRONMENT,
-        cwd="/",
-        start_new_session=True,
-    )
+    limits = (str(max(int(seconds), 1)), str(LIMITS.child_bytes))
+    command = (sys.executable, "-I", "-B", "-X", "utf8", str(_CHILD), task, *limits)
+    try:
+        child = subprocess.Popen(
+            [*command, str(Path(site.origin).parent.parent)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=_ENVIRONMENT,
+            cwd="/",
+            start_new_session=True,
+        )
+    except OSError as error:
+        return Answer({}, single_line(f"no child could be started: {error.strerror}"))
     expired = threading.Event()
 
     def stop() -> None:

@@ -17,14 +17,14 @@ def limit(cpu_seconds: int, memory: int) -> None:
     import resource
 
     limits = [
-        (resource.RLIMIT_CPU, cpu_seconds),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1),  # a second apart, for its own signal
+        (resource.RLIMIT_FSIZE, 0, 0),
+        (resource.RLIMIT_CORE, 0, 0),
+        (resource.RLIMIT_AS, memory, memory),
     ]
-    for what, most in limits:
+    for what, soft, hard in limits:
         try:
-            resource.setrlimit(what, (most, most))
+            resource.setrlimit(what, (soft, hard))
         except (ValueError, OSError):
             continue  # macOS knows no RLIMIT_AS; the parent's clock remains
 

@@ -1,20 +1,40 @@
 """Ids to text as they come: never half a character, and joined exactly what a full decode gives.
 
-Decoding is not a sum over ids: a character may take several, a leading space is dropped at the
-beginning only, and bytes that are no UTF-8 become one mark or several. So a window is decoded whose
-first part was given out before, and the rest of its text is new.
+Where every id stands for bytes, they are decoded as they come (`ByteStream`). Else decoding is no
+sum over ids: a character may take several, a leading space is dropped at the beginning only, and
+one bad byte spoils a run. Then a window is decoded whose first part was given out before, and the
+rest of its text is new (`WindowStream`).
 """
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
 
 HOLD = 32  # ids: a longer run of bytes is given out as it stands
-_MARK = "\N{REPLACEMENT CHARACTER}"
+MARK = "\N{REPLACEMENT CHARACTER}"
 
 
-class Stream:
-    """One sequence being decoded. `push` an id, get the text that is now certain."""
+class ByteStream:
+    """A sequence of a byte-level vocabulary. Bytes that are no UTF-8 become marks."""
+
+    __slots__ = ("_bytes_of", "_decoder")
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The characters that this id completes."""
+        return self._decoder.decode(self._bytes_of(token_id))
+
+    def flush(self) -> str:
+        """What is held back, at the end of the sequence."""
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowStream:
+    """Any other sequence. `push` an id, get the text that is now certain."""
 
     __slots__ = ("_decode", "_given", "_ids", "_is_byte", "_is_silent", "_open")
 
@@ -40,12 +60,12 @@ class Stream:
         held = len(self._ids) - self._given
         if not self._open:
             text = self._new(len(self._ids))
-            if text and not text.endswith(_MARK):
+            if text and not text.endswith(MARK):
                 return self._give(text, len(self._ids))
         if held < HOLD:
             return ""
         for end in range(len(self._ids), len(self._ids) - 4, -1):
-            if not (text := self._new(end)).endswith(_MARK):
+            if not (text := self._new(end)).endswith(MARK):
                 return self._give(text, end)
         return self._give(self._new(len(self._ids)), len(self._ids))
 
@@ -70,3 +90,6 @@ class Stream:
             end -= self._given
         self._given = end
         return text
+
+
+Stream = ByteStream | WindowStream

@@ -24,7 +24,7 @@ from moescope.engine.chat import (
     special_tokens,
 )
 from moescope.engine.config import bad, parse_object, shown
-from moescope.engine.streaming import Stream
+from moescope.engine.streaming import MARK, ByteStream, Stream, WindowStream
 from moescope.errors import MoescopeError
 from moescope.safety import LIMITS, printable, single_line
 
@@ -51,6 +51,7 @@ class Tokenizer:
     _library: Any
     _added: Mapping[int, bool]  # ids of added tokens -> whether special
     _letters: Mapping[str, int] | None  # of a byte-level vocabulary: letter -> byte
+    _bytes_only: bool  # decoding is no more than those bytes
     _byte_ids: frozenset[int]  # of a vocabulary that falls back to bytes
     _pieces: dict[int, str] = field(default_factory=dict)
 
@@ -81,6 +82,7 @@ class Tokenizer:
             _library=library,
             _added={number: bool(token.special) for number, token in added.items()},
             _letters=_byte_letters() if "ByteLevel" in kinds else None,
+            _bytes_only=kinds == {"ByteLevel"},
             _byte_ids=frozenset(
                 number
                 for token, number in vocabulary.items()
@@ -118,18 +120,45 @@ class Tokenizer:
 
         `after`: ids before it, whose text was given out already (a fork, a further turn).
         """
-        stream = Stream(
-            lambda ids: self.decode(ids, special_tokens),
-            self._byte_ids.__contains__,
-            lambda number: self._is_silent(number, special_tokens),
-        )
-        for number in after[-_CONTEXT:]:
+        stream: Stream
+        if self._bytes_only:
+            stream = ByteStream(lambda number: self._bytes_of(number, special_tokens))
+        else:
+            stream = WindowStream(
+                lambda ids: self.decode(ids, special_tokens),
+                self._byte_ids.__contains__,
+                lambda number: self._is_silent(number, special_tokens),
+            )
+        start = max(len(after) - _CONTEXT, 0)
+        while start > 0 and not self._stands_alone(after[start], special_tokens):
+            start -= 1
+        for number in after[start:]:
             stream.push(number)
         return stream
 
+    def _stands_alone(self, token_id: int, special_tokens: bool) -> bool:
+        """Whether text is certain as soon as this id has come, whatever was before."""
+        text = self.decode([token_id], special_tokens)
+        return bool(text) and not text.endswith(MARK) and token_id not in self._byte_ids
+
     def _is_silent(self, token_id: int, special_tokens: bool) -> bool:
         special = self._added.get(token_id, False)
-        return (special and not special_tokens) or self._library.id_to_token(token_id) is None
+        return (special and not special_tokens) or self._token(token_id) is None
+
+    def _token(self, token_id: int) -> str | None:
+        """How the vocabulary writes an id, None where it has none."""
+        if not 0 <= token_id < 2**32:
+            return None
+        token: str | None = _guard("vocab", lambda: self._library.id_to_token(token_id))
+        return token
+
+    def _bytes_of(self, token_id: int, special_tokens: bool) -> bytes:
+        if self._is_silent(token_id, special_tokens):
+            return b""
+        token, letters = self._token(token_id) or "", self._letters or {}
+        if all(letter in letters for letter in token):
+            return bytes(letters[letter] for letter in token)
+        return token.encode()
 
     def piece(self, token_id: int) -> str:
         """One id for display: its text, with special tokens and lone bytes visible; printable."""
@@ -138,9 +167,7 @@ class Tokenizer:
         return self._pieces[token_id]
 
     def _piece(self, token_id: int) -> str:
-        token: str | None = None
-        if 0 <= token_id < 2**32:
-            token = _guard("vocab", lambda: self._library.id_to_token(token_id))
+        token = self._token(token_id)
         if token is None:
             return f"<unused {token_id}>"
         if token_id in self._added or token_id in self._byte_ids:
