@@ -140,12 +140,7 @@ class Recorder:
         self._waiting += bool(self._pieces)
         if self._waiting >= PIECES_FRAMES or len(self._pieces) >= PIECES:
             note = self._write_pieces() or note
-        dropped = int(getattr(self.writer, "dropped_logits", 0))
-        if note is None and dropped > self._dropped:
-            text = f"the recording is at its limit: logits of the first {dropped:,} tokens dropped"
-            note = Note(text, "warning")
-            self._dropped = dropped
-        return note
+        return note or self._dropped_since()
 
     def event(self, event: TraceEvent) -> Note | None:
         if self.writer is None:
@@ -160,9 +155,19 @@ class Recorder:
     def close(self) -> Note | None:
         if self.writer is None:
             return None
-        note = self._write_pieces() or self._call("close")
+        note = self._write_pieces() or self._call("close") or self._dropped_since()
         self._last, self.writer = self.acknowledged, None
         return note
+
+    def _dropped_since(self) -> Note | None:
+        dropped = int(getattr(self.writer, "dropped_logits", 0))
+        if dropped <= self._dropped:
+            return None
+        self._dropped = dropped
+        return Note(
+            f"the recording is at its limit: logits of the first {dropped:,} tokens dropped",
+            "warning",
+        )
 
     def _write_pieces(self) -> Note | None:
         if not self._pieces:

@@ -417,3 +417,16 @@ def _wait(done: Callable[[], bool], seconds: float = 10.0) -> None:
     while not done():
         assert time.monotonic() < end
         time.sleep(0.001)
+
+
+async def test_an_engine_can_be_started_inside_a_running_screen() -> None:
+    """Opening another model: Textual's stderr has no file number then."""
+    from textual.app import App
+
+    class Screen(App[None]):
+        pass
+
+    async with Screen().run_test():
+        talk = open_link("child")
+        talk.kind(Loaded)
+        talk.link.close()

@@ -168,10 +168,10 @@ def test_a_thousand_toggles_replay_bit_equal(tmp_path: Path) -> None:
     tokenizer = FakeTokenizer()
     tokenizer.end_ids = ()
     session = Session(model, tokenizer, writer, record="logits")
-    session.start(Generate(PROMPT, sampling=Sampling(temperature=1.0, max_new_tokens=505)))
+    session.start(Generate(PROMPT, sampling=Sampling(temperature=1.0, max_new_tokens=270)))
     toggles = 0
     while session.running:
-        for _ in range(int(random.integers(0, 5))):
+        for _ in range(int(random.integers(0, 9))):
             session.set_variant(0, EXPRESSIONS[random.integers(len(EXPRESSIONS))])
             toggles += 1
         session.step()
@@ -181,7 +181,7 @@ def test_a_thousand_toggles_replay_bit_equal(tmp_path: Path) -> None:
     with TraceReader.open(path) as reader:
         frames = list(reader.frames())
         changes = {e.position: e.data["expression"] for e in reader.events() if e.kind == "variant"}
-        assert len(frames) == len(PROMPT) + 505
+        assert len(frames) == len(PROMPT) + 270
         for frame in frames:
             in_force = changes.get(frame.position, in_force)
             assert frame.variant == in_force
