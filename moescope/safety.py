@@ -39,7 +39,8 @@ class Limits:
     rendered_chars: int = 1_000_000  # a rendered chat: beyond any context
     template_seconds: float = 2.0  # of processor time; rendering takes milliseconds
     tokenizer_seconds: float = 5.0  # of processor time; loading the largest takes about one
-    child_bytes: int = 2 * GIB  # address space of a throw-away child
+    template_memory: int = 512 * MIB  # address space of the child that renders
+    tokenizer_memory: int = 2 * GIB  # of the child that loads a tokenizer
     import_rows: int = 50_000_000
     import_bytes: int = 8 * GIB  # after expansion
     import_columns: int = 256

@@ -48,7 +48,12 @@ class ChatTemplate:
             "documents": None,
         }
         task = {"template": self.text, "names": names, "most": LIMITS.rendered_chars}
-        answer = guarded.run("template", json.dumps(task).encode(), LIMITS.template_seconds)
+        answer = guarded.run(
+            "template",
+            json.dumps(task).encode(),
+            seconds=LIMITS.template_seconds,
+            memory=LIMITS.template_memory,
+        )
         if answer.refused:
             raise refused(f"{self.source}: chat template: refused: {answer.trouble}", _PLAIN)
         text = answer.value.get("text")

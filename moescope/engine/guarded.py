@@ -34,12 +34,14 @@ class Answer:
     refused: bool = False
 
 
-def run(task: Literal["tokenizer", "template"], payload: bytes, seconds: float) -> Answer:
-    """Do a task in a fresh child that gets `seconds` of processor time."""
+def run(
+    task: Literal["tokenizer", "template"], payload: bytes, *, seconds: float, memory: int
+) -> Answer:
+    """Do a task in a fresh child that gets so many seconds of processor time and bytes of memory."""
     site = importlib.util.find_spec(_LIBRARY[task])
     if site is None or site.origin is None:
         return Answer({}, f"{_LIBRARY[task]} is not installed")
-    limits = (str(max(int(seconds), 1)), str(LIMITS.child_bytes))
+    limits = (str(max(int(seconds), 1)), str(memory))
     command = (sys.executable, "-I", "-B", "-X", "utf8", str(_CHILD), task, *limits)
     try:
         child = subprocess.Popen(

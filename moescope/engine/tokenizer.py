@@ -222,7 +222,13 @@ def _sanitise(data: bytes, notes: list[str]) -> tuple[dict[str, Any], bytes]:
 def _check_in_child(clean: bytes) -> None:
     key = hashlib.sha256(clean).hexdigest()
     if key not in _verdicts:
-        _verdicts[key] = guarded.run("tokenizer", clean, LIMITS.tokenizer_seconds).trouble
+        answer = guarded.run(
+            "tokenizer",
+            clean,
+            seconds=LIMITS.tokenizer_seconds,
+            memory=LIMITS.tokenizer_memory,
+        )
+        _verdicts[key] = answer.trouble
     if _verdicts[key]:
         raise bad(f"{NAME}: the tokenizer failed: {_verdicts[key]}", _HINT)
 
