@@ -1,7 +1,7 @@
 """Where the panels of the main screen go, from the terminal's size and the model's. Pure.
 
-The map comes first: it gets the largest cells that leave room for the rest. Letters: L routers, E
-expert classes, K picked.
+The map comes first: it gets the largest cells that leave room for the rest, and panels that do not
+fit are left out, the least telling first. Letters: L routers, E expert classes, K picked.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ MAP_FRAME = (12, 3)  # columns and rows of a map that are not cells: border, rul
 BARE_MAP_FRAME = (10, 1)  # without a border
 LEGEND = 2  # rows: a blank one and the colours
 TILES = (3, 2, 1)  # rows a router may take when there is room
-TEXT_ROWS = 5  # the least a transcript needs in one column
+TEXT_ROWS = 5  # the least a transcript needs
 SUMS_ROWS = 7  # the least a plot needs, border included
+TOKEN_ROWS = 16
 RIGHT = 44  # columns of text and token panel, at least
 ZOOM_CELLS = {"cell": (1.0, 1.0), "half": (1.0, 0.5), "braille": (0.5, 0.25)}  # per expert, router
 
@@ -24,12 +25,13 @@ ZOOM_CELLS = {"cell": (1.0, 1.0), "half": (1.0, 0.5), "braille": (0.5, 0.25)}  #
 @dataclass(frozen=True, slots=True)
 class Arrangement:
     """Sizes in cells, borders included. `kind` is `column` (one under the other), `two` (map, layer
-    and sums left) or `lone` (the map alone left)."""
+    and sums left) or `lone` (the map alone left). `out` names the panels that have no room."""
 
     kind: Literal["column", "two", "lone"]
     left: int
     map_height: int
     layer_height: int
+    out: frozenset[str] = frozenset()
 
 
 def cells_of(zoom: str, routers: int, experts: int) -> tuple[int, int]:
@@ -50,13 +52,27 @@ def arrange(
         return Arrangement("column", width, rows + BARE_MAP_FRAME[1], 1)
     layer = min(top_k, 10) + 7
     left = max(min(width * 5 // 8, width - RIGHT), 60)
-    room = height - layer - SUMS_ROWS - MAP_FRAME[1]
-    tall = width - RIGHT - 10 >= experts + MAP_FRAME[0] and routers > room
-    if tall and "cell" in zooms and height >= routers + MAP_FRAME[1]:
-        return Arrangement("lone", experts + MAP_FRAME[0] + 2, height, layer)
-    room = max(room, 4)
+    out = set() if height >= TOKEN_ROWS + TEXT_ROWS + 3 else {"token"}
+    if _fits_alone(width, height, routers, experts, layer) and "cell" in zooms:
+        return Arrangement("lone", experts + MAP_FRAME[0] + 2, height, layer, frozenset(out))
+    least = min(_rows(zooms, routers, experts, left - MAP_FRAME[0], 8), 8) + MAP_FRAME[1]
+    if height < least + layer + SUMS_ROWS:
+        out.add("sums")
+    if height < least + layer:
+        out.add("layer")
+    used = (0 if "layer" in out else layer) + (0 if "sums" in out else SUMS_ROWS)
+    room = max(height - used - MAP_FRAME[1] - ("layer" in out), 4)
     rows = _tiled(_rows(zooms, routers, experts, left - MAP_FRAME[0], room), routers, room)
-    return Arrangement("two", left, rows + MAP_FRAME[1], layer)
+    if "sums" in out:  # nobody below takes the rest
+        rows = room
+    return Arrangement("two", left, rows + MAP_FRAME[1], layer, frozenset(out))
+
+
+def _fits_alone(width: int, height: int, routers: int, experts: int, layer: int) -> bool:
+    """Whether a tall model fits in full cells beside a column that holds all the rest."""
+    across = width - RIGHT - 10 >= experts + MAP_FRAME[0]
+    down = height >= routers + MAP_FRAME[1] and height >= layer + TOKEN_ROWS + SUMS_ROWS + TEXT_ROWS
+    return across and down and routers > height // 2
 
 
 def _tiled(rows: int, routers: int, room: int) -> int:

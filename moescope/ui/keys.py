@@ -6,7 +6,7 @@ Each has an id, by which a keymap can move it. `footer` keys stand on the last l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,7 +26,14 @@ class Key:
     shown: str | None = None  # how the key is written
     priority: bool = False
     palette: bool = True
+    when: str = ""  # works only `live`, in a `replay`, or once there are `tokens`
 
+
+def when(state: str, *rows: Key) -> tuple[Key, ...]:
+    return tuple(replace(row, when=state) for row in rows)
+
+
+CHANGE = "Where this router's first expert or the variant changed."
 
 APP = (
     Key("quit", "ctrl+q", "leave", "Quit", "End moescope.", priority=True),
@@ -35,68 +42,69 @@ APP = (
 
 MAIN = (
     Key("pause", "space", "pause", "Pause", "Pause, or go on.", True, "space"),
-    Key("step", "full_stop", "step", "Step", "One token, then pause again.", True, "."),
-    Key("back", "comma", "back", "Back", "One token back in what is recorded.", shown=","),
-    Key("shown_next", "v", "shown(1)", "Variant", "Next variant on the same logits.", True),
-    Key("shown_previous", "V", "shown(-1)", "Previous variant", "…on the same logits."),
-    Key("compare", "c", "compare", "Compare", "Two lanes side by side.", True),
-    Key("inspect", "enter", "inspect", "Inspect", "The token, layer by layer.", True, "⏎"),
-    Key("export", "e", "export", "Export", "Save the trace, in one of several formats.", True),
-    Key("prompt", "i", "prompt", "Prompt", "Type a prompt; esc leaves it.", True),
-    Key("layer_up", "up,k", "layer(-1)", "Layer up", "The router above.", shown="↑"),
-    Key("layer_down", "down,j", "layer(1)", "Layer down", "The router below.", shown="↓"),
-    Key("pick_left", "left,h", "pick(-1)", "Picked expert left", "The next picked expert."),
-    Key("pick_right", "right,l", "pick(1)", "Picked expert right", "The next picked expert."),
-    Key("expert_left", "shift+left", "expert(-1)", "Expert left", "The next in number."),
-    Key("expert_right", "shift+right", "expert(1)", "Expert right", "The next in number."),
-    Key("token_back", "left_square_bracket", "token(-1)", "Previous token", shown="["),
-    Key("token_on", "right_square_bracket", "token(1)", "Next token", shown="]"),
-    Key(
-        "change_back",
-        "left_curly_bracket",
-        "change(-1)",
-        "Previous change",
-        "The token before where this router's first expert changed, or the variant did.",
-        shown="{",
+    *when(
+        "tokens",
+        Key("step", "full_stop", "step", "Step", "One token, then pause again.", True, "."),
+        Key("back", "comma", "back", "Back", "One token back in what is recorded.", shown=","),
+        Key("shown_next", "v", "shown(1)", "Variant", "Next variant on the same logits.", True),
+        Key("shown_previous", "V", "shown(-1)", "Previous variant", "On the same logits."),
+        Key("compare", "c", "compare", "Compare", "Two lanes side by side.", True),
+        Key("inspect", "enter", "inspect", "Inspect", "The token, layer by layer.", True, "⏎"),
+        Key("export", "e", "export", "Export", "Save the trace, in one of several formats.", True),
+        Key("layer_up", "up,k", "layer(-1)", "Layer up", "The router above.", shown="↑"),
+        Key("layer_down", "down,j", "layer(1)", "Layer down", "The router below.", shown="↓"),
+        Key("pick_left", "left,h", "pick(-1)", "Picked expert left", "Round the end."),
+        Key("pick_right", "right,l", "pick(1)", "Picked expert right", "Round the end."),
+        Key("expert_left", "shift+left", "expert(-1)", "Expert left", "The next in number."),
+        Key("expert_right", "shift+right", "expert(1)", "Expert right", "The next in number."),
+        Key("token_back", "left_square_bracket", "token(-1)", "Previous token", shown="["),
+        Key("token_on", "right_square_bracket", "token(1)", "Next token", shown="]"),
+        Key(
+            "change_back", "left_curly_bracket", "change(-1)", "Previous change", CHANGE, shown="{"
+        ),
+        Key("change_on", "right_curly_bracket", "change(1)", "Next change", CHANGE, shown="}"),
+        Key("first", "home", "edge(0)", "First token"),
+        Key("last", "end", "edge(-1)", "Newest token"),
+        Key("find", "slash", "find", "Find", "L17, E062, L17E062, @412 or text.", shown="/"),
+        Key("hit_next", "n", "hit(1)", "Next hit"),
+        Key("hit_previous", "N", "hit(-1)", "Previous hit"),
+        Key("go_to", "g", "go_to", "Go to token", "A position."),
+        Key("add_variant", "plus", "add_variant", "Add variant", "Any expression.", shown="+"),
+        Key("zoom_in", "z", "zoom(1)", "Zoom in", "Larger cells on the map."),
+        Key("zoom_out", "Z", "zoom(-1)", "Zoom out", "Smaller cells on the map."),
+        Key("tint", "t", "tint", "Tint", "Colour tokens by Σ, margin, entropy, p or novelty."),
+        Key("follow", "f", "follow", "Follow", "Stay at the newest token."),
+        Key("lane", "w", "lane", "Watch next lane", "This screen shows one lane at a time."),
     ),
-    Key("change_on", "right_curly_bracket", "change(1)", "Next change", shown="}"),
-    Key("first", "home", "edge(0)", "First token"),
-    Key("last", "end", "edge(-1)", "Newest token"),
-    Key("find", "slash", "find", "Find", "L17, E062, L17E062, @412 or text.", shown="/"),
-    Key("hit_next", "n", "hit(1)", "Next hit"),
-    Key("hit_previous", "N", "hit(-1)", "Previous hit"),
-    Key("add_variant", "plus", "add_variant", "Add variant", "Any expression.", shown="+"),
-    Key("zoom_in", "z", "zoom(1)", "Zoom in", "Larger cells on the map."),
-    Key("zoom_out", "Z", "zoom(-1)", "Zoom out", "Smaller cells on the map."),
-    Key("tint", "t", "tint", "Tint", "Colour tokens by Σ, margin, entropy, p or novelty."),
-    Key("follow", "f", "follow", "Follow", "Stay at the newest token."),
+    *when(
+        "live",
+        Key("prompt", "i", "prompt", "Prompt", "Type a prompt; esc leaves it.", True),
+        Key("stop", "ctrl+c", "stop", "Stop generating"),
+        Key("rerun", "r", "rerun(False)", "Rerun", "The same prompt with the same seed."),
+        Key("reseed", "ctrl+r", "rerun(True)", "Rerun, new seed", "The same prompt."),
+        Key("sampling", "s", "sampling", "Sampling", "Temperature, top-k, top-p, seed, length."),
+        Key("chat", "ctrl+t", "chat", "Chat template", "Apply the model's chat template, or not."),
+        *(
+            Key(
+                f"generate_{letter}",
+                letter,
+                f"generate('{letter}')",
+                f"Generate with {letter}",
+                "From the next token on.",
+            )
+            for letter in "ABCDEFGH"
+        ),
+    ),
+    *when("replay", Key("mark", "m", "mark", "Bookmark", "Mark this token, or unmark it.")),
     Key("open", "o", "open", "Open", "Another model, or a trace."),
-    Key("rerun", "r", "rerun(False)", "Rerun", "The same prompt with the same seed."),
-    Key("reseed", "ctrl+r", "rerun(True)", "Rerun, new seed", "The same prompt, another seed."),
-    Key("stop", "ctrl+c", "stop", "Stop generating"),
-    Key("sampling", "s", "sampling", "Sampling", "Temperature, top-k, top-p, min-p, seed, length."),
-    Key("chat", "ctrl+t", "chat", "Chat template", "Apply the model's chat template, or not."),
-    Key("lane", "w", "lane", "Watch next lane", "The main screen shows one lane at a time."),
+    Key("slower", "less_than_sign", "speed(-1)", "Slower", "Tokens at a reading pace.", shown="<"),
+    Key("faster", "greater_than_sign", "speed(1)", "Faster", "Up to full speed.", shown=">"),
     Key("jump", "ctrl+o", "jump", "Jump", "A letter on every panel: that one, full size."),
-    Key("leave", "q,escape", "back_out", "Back", "Leave what is open.", palette=False),
-    Key("slower", "less_than_sign", "speed(-1)", "Slower", "In a replay.", shown="<"),
-    Key("faster", "greater_than_sign", "speed(1)", "Faster", "In a replay.", shown=">"),
-    Key("go_to", "g", "go_to", "Go to token", "A position."),
-    Key("mark", "m", "mark", "Bookmark", "Mark this token in a replay, or unmark it."),
     *(
-        Key(f"panel_{n}", str(n), f"panel('{name}')", f"Panel {name}", "Show it, or hide it.")
+        Key(f"panel_{n}", str(n), f"panel('{name}')", f"Panel: {name}", "Show it, or hide it.")
         for n, name in enumerate(("map", "layer", "sums", "token"), start=1)
     ),
-    *(
-        Key(
-            f"generate_{letter}",
-            letter,
-            f"generate('{letter}')",
-            f"Generate with {letter}",
-            "From the next token on.",
-        )
-        for letter in "ABCDEFGH"
-    ),
+    Key("leave", "q,escape", "back_out", "Back", "Leave what is open.", palette=False),
 )
 
 COMPARE = (

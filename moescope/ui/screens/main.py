@@ -233,6 +233,8 @@ class MainScreen(MainKeys):
         )
         for kind in ("column", "two", "lone"):
             self.set_class(place.kind == kind, f"-{kind}")
+        for name in ("layer", "sums", "token"):
+            self.set_class(name in place.out, f"-out-{name}")
         self.query_one("#left").styles.width = place.left
         chart.styles.height = place.map_height
         for panel in self.query(LayerPanel):

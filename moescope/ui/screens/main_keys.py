@@ -29,32 +29,7 @@ if TYPE_CHECKING:
 
 ZOOMS = ("braille", "half", "cell")
 PANELS = {"map": "#map", "layer": "#layer", "sums": "#sums", "token": "#token"}
-LIVE_ONLY = frozenset(("prompt", "generate", "rerun", "stop", "sampling", "chat", "reseed"))
-REPLAY_ONLY = frozenset(("mark",))
-NEEDS_TOKENS = frozenset(
-    [
-        "step",
-        "back",
-        "shown",
-        "compare",
-        "inspect",
-        "export",
-        "layer",
-        "pick",
-        "expert",
-        "token",
-        "change",
-        "edge",
-        "find",
-        "hit",
-        "add_variant",
-        "zoom",
-        "tint",
-        "follow",
-        "lane",
-        "go_to",
-    ]
-)
+WHEN = {key.action.split("(")[0]: key.when for key in keys.MAIN}
 
 
 class MainKeys(Screen[None]):
@@ -78,10 +53,10 @@ class MainKeys(Screen[None]):
         raise NotImplementedError
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        replay = self.subject.mode == "replay"
-        if (action in LIVE_ONLY and replay) or (action in REPLAY_ONLY and not replay):
+        when, replay = WHEN.get(action, ""), self.subject.mode == "replay"
+        if (when == "live" and replay) or (when == "replay" and not replay):
             return False
-        if action in NEEDS_TOKENS and self.subject.table is None:
+        if when == "tokens" and self.subject.table is None:
             return None
         return True
 
@@ -305,7 +280,7 @@ class MainKeys(Screen[None]):
         panel = self.query_one(PANELS[name])
         if self.maximized is not None:
             self.minimize()
-        elif self.has_class("-column") and name != "map":
+        elif name != "map" and (self.has_class("-column") or self.has_class(f"-out-{name}")):
             self._whole(panel)
         else:
             self.toggle_class(f"-no-{name}")
@@ -325,7 +300,7 @@ class MainKeys(Screen[None]):
             self._whole(self.query_one(f"#{name}"))
 
     def _whole(self, panel: Widget) -> None:
-        self.set_class(True, "-whole")
+        panel.ALLOW_MAXIMIZE = True  # type: ignore[misc]
         self.maximize(panel, container=False)
 
     def action_back_out(self) -> None:

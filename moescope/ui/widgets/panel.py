@@ -61,8 +61,9 @@ class Panel(Widget, Generic[Data]):
         return self._pens
 
     def draw(self, data: Data, width: int, height: int) -> Sequence[Row]:
-        """The rows of `data` in `width` × `height` cells. Pure."""
-        raise NotImplementedError
+        """The rows of `data` in `width` × `height` cells. Pure. None: the widget draws by itself
+        (Textual calls the handlers of base classes too, so this is reached on every resize)."""
+        return ()
 
     def labels(self, data: Data) -> tuple[str, str]:
         """The title and the note at the right of the top edge."""
