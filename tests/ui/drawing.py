@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 from textual.app import App, ComposeResult
+from textual.events import Event
 from textual.geometry import Region
+from textual.message import Message
 from textual.pilot import Pilot
 from textual.widget import Widget
 
@@ -18,16 +20,21 @@ from moescope.ui.panels import MapData, TokenCell, TranscriptData
 class Stage(App[None]):
     """One widget, alone, at the colours that were asked for."""
 
-    CSS = "Screen { layers: base; }"
+    CSS = "Screen > * { border: none; height: 1fr; }"
 
     def __init__(self, widget: Widget, colours: str = "truecolor") -> None:
         super().__init__()
         self.widget = widget
         self.colour_depth = colours
-        self.messages: list[Any] = []
+        self.heard: list[Any] = []  # messages that widgets posted
 
     def compose(self) -> ComposeResult:
         yield self.widget
+
+    async def _on_message(self, message: Message) -> None:
+        if not isinstance(message, Event):
+            self.heard.append(message)
+        await super()._on_message(message)
 
 
 @asynccontextmanager
@@ -36,8 +43,6 @@ async def staged(
 ) -> AsyncIterator[Pilot[None]]:
     """`widget` showing `data` on a screen of `size`, without a border."""
     app = Stage(widget, colours)
-    widget.styles.border = None
-    widget.styles.height = "1fr"
     async with app.run_test(size=size) as pilot:
         if theme:
             app.theme = theme

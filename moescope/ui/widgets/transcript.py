@@ -197,6 +197,8 @@ class Transcript(Panel[TranscriptData], can_focus=True):
         if data is None or not data.cells:
             words = cut(self.EMPTY, width) if y == 0 else ""
             return Strip([Segment(words, style["dim"])]).adjust_cell_length(width, style["text"])
+        if width <= SCROLLBAR:
+            return Strip.blank(width, style["text"])
         row = self._top + y
         strip = self._built.get(row)
         if strip is None:
