@@ -54,6 +54,8 @@ def plain_cases(draw: st.DrawFn) -> tuple[RouterSpec, np.ndarray]:
     E = draw(st.sampled_from([2, 8, 60, 64, 128]))
     policy = RouterPolicy(
         draw(st.integers(1, min(E, 16))),
+        logits_dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        score_dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         score_order=draw(st.sampled_from(["score_then_topk", "topk_then_score"])),
         norm_topk_prob=draw(st.booleans()),
         norm_eps=draw(st.sampled_from([0.0, 1e-20, 1e-3])),
