@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from moescope.engine import hub_cache, tensors
 from moescope.engine.config import bad, parse_object
-from moescope.engine.files import open_member, pread, pread_into, read_member, resolve_folder
+from moescope.engine.files import (
+    names_in,
+    open_member,
+    pread,
+    pread_into,
+    read_member,
+    resolve_folder,
+)
 from moescope.engine.header import Header, TensorInfo, read_header
 from moescope.engine.shards import foreign_weights, list_shards
 from moescope.safety import LIMITS, single_line
@@ -29,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # of each shard, for its hash
-_CODE = (".py",)
+_CODE = ".py"
 Progress = Callable[[int], None]
 
 
@@ -64,8 +71,8 @@ class Checkpoint:
         folder = locate(path_or_hub_name)
         data = read_member(folder, "config.json", LIMITS.config_bytes)
         if data is None:
-            raise foreign_weights(folder, os.listdir(folder)) or bad(
-                f"{single_line(str(folder))}: config.json: expected a file, found nothing",
+            raise foreign_weights(folder, names_in(folder)) or bad(
+                f"{single_line(str(folder), 300)}: config.json: expected a file, found nothing",
                 "give the folder of a model as published: config.json and *.safetensors",
             )
         config = parse_object(data, "config.json")
@@ -231,13 +238,13 @@ class Checkpoint:
 def locate(path_or_hub_name: str | Path) -> Path:
     """The folder a user means."""
     given = str(path_or_hub_name)
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if not os.path.lexists(path) and hub_cache.is_hub_name(given):
         return resolve_folder(hub_cache.find(given))
-    if path.is_file():
+    if os.path.isfile(path):
         raise foreign_weights(path.parent, [path.name]) or bad(
-            f"{single_line(given)}: expected a folder, found a file",
-            f"moescope {single_line(str(path.parent))}",
+            f"{single_line(given, 300)}: expected a folder, found a file",
+            f"moescope {single_line(str(path.parent), 300)}",
         )
     return resolve_folder(path)
 
@@ -253,7 +260,7 @@ def _open_shard(folder: Path, name: str) -> Shard:
 
 def _code_notes(folder: Path, config: dict[str, Any]) -> list[str]:
     """A note where the folder brings code, which other programs might run."""
-    code = sorted(name for name in os.listdir(folder) if name.endswith(_CODE))
+    code = [name for name in names_in(folder) if name.endswith(_CODE)]
     if not code and "auto_map" not in config:
         return []
     found = single_line(", ".join(code[:3]), 120) if code else "auto_map in config.json"

@@ -54,10 +54,18 @@ def resolve_folder(path: Path) -> Path:
         folder = Path(os.path.realpath(path, strict=True))
         mode = os.stat(folder).st_mode
     except (OSError, ValueError) as error:
-        raise bad(f"{single_line(str(path))}: {reason(error)}") from None
+        raise bad(f"{single_line(str(path), 300)}: {reason(error)}") from None
     if not stat.S_ISDIR(mode):
-        raise bad(f"{single_line(str(path))}: expected a folder, found {kind(mode)}")
+        raise bad(f"{single_line(str(path), 300)}: expected a folder, found {kind(mode)}")
     return folder
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names of what is in a folder, sorted."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise bad(f"{single_line(str(folder), 300)}: {reason(error)}") from None
 
 
 def kind(mode: int) -> str:

@@ -37,7 +37,7 @@ class Answer:
 def run(
     task: Literal["tokenizer", "template"], payload: bytes, *, seconds: float, memory: int
 ) -> Answer:
-    """Do a task in a fresh child that gets so many seconds of processor time and bytes of memory."""
+    """Do a task in a fresh child that gets `seconds` of processor time and `memory` bytes."""
     site = importlib.util.find_spec(_LIBRARY[task])
     if site is None or site.origin is None:
         return Answer({}, f"{_LIBRARY[task]} is not installed")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moescope.engine.config import bad
-from moescope.engine.files import read_member, resolve_folder
+from moescope.engine.files import names_in, read_member, resolve_folder
 from moescope.safety import single_line
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -29,11 +29,11 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Where the Hugging Face tools keep models, by their own variables."""
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environ.get(variable):
-            return Path(environ[variable]).expanduser()
+            return Path(os.path.expanduser(environ[variable]))
     if environ.get("HF_HOME"):
-        return Path(environ["HF_HOME"]).expanduser() / "hub"
+        return Path(os.path.expanduser(environ["HF_HOME"])) / "hub"
     base = environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "huggingface" / "hub"
+    return Path(os.path.expanduser(base)) / "huggingface" / "hub"
 
 
 def find(name: str, cache: Path | None = None) -> Path:
@@ -41,21 +41,19 @@ def find(name: str, cache: Path | None = None) -> Path:
     cache = cache_folder() if cache is None else cache
     repository = cache / ("models--" + name.replace("/", "--"))
     missing = bad(
-        f"{single_line(name)}: no such folder, and not in the Hub cache "
+        f"{single_line(name, 300)}: no such folder, and not in the Hub cache "
         f"({single_line(str(cache), 200)})",
-        f"hf download {single_line(name)}",
+        f"hf download {single_line(name, 300)}",
     )
-    if not repository.is_dir():
-        raise missing
     commit = ""
-    if (repository / "refs").is_dir():
+    if os.path.isdir(repository / "refs"):
         data = read_member(resolve_folder(repository / "refs"), "main", 256) or b""
         commit = data.decode("ascii", "replace").strip()
     snapshots = repository / "snapshots"
-    if not commit and snapshots.is_dir():
-        found = [entry.name for entry in os.scandir(snapshots) if entry.is_dir()]
+    if not commit and os.path.isdir(snapshots):
+        found = names_in(snapshots)
         commit = found[0] if len(found) == 1 else ""
-    if not _COMMIT.fullmatch(commit) or not (snapshots / commit).is_dir():
+    if not _COMMIT.fullmatch(commit) or not os.path.isdir(snapshots / commit):
         raise missing
     return snapshots / commit
 

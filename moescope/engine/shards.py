@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moescope.engine.config import bad, parse_object, shown
-from moescope.engine.files import is_plain_name, read_member, refused
+from moescope.engine.files import is_plain_name, names_in, read_member, refused
 from moescope.engine.header import Header, TensorInfo
 from moescope.errors import MoescopeError
 from moescope.safety import LIMITS, single_line
@@ -69,7 +69,7 @@ class Shards:
 
 def list_shards(folder: Path, notes: list[str], *, required: bool) -> Shards:
     """Find the weights of `folder`; none are an error only where they are `required`."""
-    present = sorted(os.listdir(folder))
+    present = names_in(folder)
     data = read_member(folder, INDEX, LIMITS.index_bytes)
     if data is not None:
         shards = _read_index(parse_object(data, INDEX))
@@ -90,7 +90,7 @@ def list_shards(folder: Path, notes: list[str], *, required: bool) -> Shards:
             notes.append(f"{INDEX}: absent; the map was made from {len(files)} shards")
     elif required:
         raise foreign_weights(folder, present) or bad(
-            f"{single_line(str(folder))}: expected *.safetensors, found none",
+            f"{single_line(str(folder), 300)}: expected *.safetensors, found none",
             "give the folder of a model as published: config.json and *.safetensors",
         )
     else:

@@ -508,6 +508,32 @@ def test_a_folder_without_weights_is_for_inspection_only(tmp_path: Path) -> None
     assert "expected a folder, found a file" in error_of(tmp_path / "config.json").message
 
 
+ODD_PATHS = {
+    "nobody": "~nobody-here/x",
+    "NUL": "a\0b",
+    "long": "x" * 5000,
+    "device": "/dev/null",
+    "escape": "\x1b[2J/a",
+    "no UTF-8": "\udcff",
+}
+
+
+@pytest.mark.parametrize("given", ODD_PATHS.values(), ids=ODD_PATHS)
+def test_odd_paths_are_errors(given: str) -> None:
+    error_of(given)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Any) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write_model(tmp_path)
+    monkeypatch.setattr(os, "listdir", denied)
+    assert "Permission denied" in error_of(tmp_path).message
+
+
 def test_code_in_the_folder_is_noted(tmp_path: Path) -> None:
     write_model(tmp_path, CONFIG | {"auto_map": {"AutoModel": "modeling_x.M"}})
     (tmp_path / "modeling_x.py").write_text("raise SystemExit")
