@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moescope.ui.panels import ExpertRow, LayerData
-from moescope.ui.ramp import WRONG, quantise, thin_bar
+from moescope.ui.ramp import WRONG, thin_bar
 from moescope.ui.text import cut, fit, number, wrap
 from moescope.ui.widgets.panel import Panel, Row
 
@@ -48,7 +48,7 @@ def expert_row(row: ExpertRow, width: int) -> Row:
         (f"E{row.expert:03d}   ", "strong"),
         (f"{number(row.score):>5}   ", "text"),
         (f"{number(row.weight):>5}   ", "text"),
-        (thin_bar(row.load, room), f"load{quantise(row.load)}"),
+        (thin_bar(row.load, room), "bar"),
         (f" {number(row.load, 2)}", "dim"),
     )
 

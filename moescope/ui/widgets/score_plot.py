@@ -88,10 +88,12 @@ def limits(
 
 
 def tick(y: int, rows: int, low: float, high: float) -> str:
-    """The axis of one row: figures at the ends and, where there is room, in the middle."""
-    values = {0: high, rows - 1: low}
-    if rows >= 5 and rows % 2:
-        values[rows // 2] = (low + high) / 2
+    """The axis of one row: figures at the ends and, where there is room, between them."""
+    parts = 4 if rows >= 9 else 2 if rows >= 5 else 1
+    values = {
+        round(part / parts * (rows - 1)): high - (high - low) * part / parts
+        for part in range(parts + 1)
+    }
     if y not in values:
         return fit("│", AXIS - 1, ">") + " "
     return fit(number(values[y], 2), AXIS - 2, ">") + "┤ "

@@ -13,6 +13,7 @@ from moescope.ui.widgets.panel import Panel, Row, Span
 
 GLYPHS = {"generating": "●", "same_logits": "○"}
 LEAD = " router"
+SIDE_TITLE = 12  # what variants that only stand by keep of their titles, before others are cut
 
 
 class VariantBar(Panel[VariantBarData]):
@@ -56,11 +57,17 @@ def label(item: VariantItem, room: int) -> str:
 
 
 def shown(data: VariantBarData, width: int) -> list[str]:
-    """All entries; where they do not fit, the longest titles are cut first, even to nothing."""
+    """All entries; where they do not fit, titles are cut: first of those that only stand by."""
     longest = max((cells(item.title) for item in data.items), default=0)
     room = width - cells(LEAD)
-    while True:
-        texts = [label(item, longest) for item in data.items]
-        if longest <= 0 or sum(cells(text) + 2 for text in texts) <= room:
-            return texts
-        longest -= 1
+    limits = [(side, longest) for side in range(longest, SIDE_TITLE, -1)]
+    limits += [(min(main, SIDE_TITLE), main) for main in range(longest, 0, -1)]
+    texts = [label(item, longest) for item in data.items]
+    for side, main in limits:
+        if sum(cells(text) + 2 for text in texts) <= room:
+            break
+        texts = [
+            label(item, main if item.shown or item.state == "generating" else side)
+            for item in data.items
+        ]
+    return texts
