@@ -153,6 +153,7 @@ class MoescopeApp(App[int]):
             self.action_hide_help_panel()
         else:
             self.action_show_help_panel()
+        self.call_after_refresh(self.main.place)
 
     def failure_code(self) -> int:
         return self.subject.failed.code if self.subject.failed is not None else 0

@@ -15,7 +15,7 @@ from moescope.trace.frames import PREFILL
 from moescope.ui.history import History, Lane
 from moescope.ui.panels import LEVELS, TokenCell, TranscriptData
 from moescope.ui.routers import RouterTable, sums_wrong
-from moescope.ui.view import NEAR_TIE
+from moescope.ui.view import margin_unit
 
 Values = NDArray[np.floating[Any]]
 Measure = Callable[[RouterTable, Lane, int, int], Values]
@@ -28,8 +28,14 @@ def _sum(table: RouterTable, lane: Lane, router: int, start: int) -> Values:
 
 
 def _margin(table: RouterTable, lane: Lane, router: int, start: int) -> Values:
-    """Bright is close: 1 at a tie, 0 from ten times a near tie up."""
-    return 1 - lane.margin[start:, router] / np.float32(10 * NEAR_TIE)
+    """Bright is close: 1 at a tie, 0 where the next expert is half as good or worse."""
+    margins = lane.margin[start:, router]
+    if margin_unit(table, router) == "logit":
+        return 1 - (1 - np.exp(-margins)) * 2
+    lowest = np.nanmin(
+        np.where(lane.expert_ids[start:, router] >= 0, lane.scores[start:, router], np.inf), axis=1
+    )
+    return 1 - 2 * margins / np.where(np.isfinite(lowest) & (lowest != 0), np.abs(lowest), 1.0)
 
 
 def _entropy(table: RouterTable, lane: Lane, router: int, start: int) -> Values:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from textual.binding import BindingType
+    from textual.binding import Binding, BindingType
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,16 +144,23 @@ def bindings(where: str) -> list[BindingType]:
     """The bindings of one screen, in footer order."""
     from textual.binding import Binding
 
+    hidden = ("tab", "focus_next"), ("shift+tab", "focus_previous")
     return [
-        Binding(
-            key.keys,
-            key.action,
-            key.label,
-            show=key.footer,
-            key_display=key.shown,
-            priority=key.priority,
-            tooltip=key.tip,
-            id=f"{where}.{key.id}",
-        )
-        for key in TABLES[where]
+        *(Binding(key, f"app.{action}", show=False, system=True) for key, action in hidden),
+        *(_binding(where, key) for key in TABLES[where]),
     ]
+
+
+def _binding(where: str, key: Key) -> Binding:
+    from textual.binding import Binding
+
+    return Binding(
+        key.keys,
+        key.action,
+        key.label,
+        show=key.footer,
+        key_display=key.shown,
+        priority=key.priority,
+        tooltip=key.tip,
+        id=f"{where}.{key.id}",
+    )

@@ -186,10 +186,22 @@ class Looking:
         at = ring.index(self.shown) if self.shown in ring else 0
         self.shown = ring[(at + by) % len(ring)]
 
+    def own(self) -> str:
+        """The variant the lane looked at generates under, or did for this token."""
+        lane, row = self.lane, self.at
+        if self.watch.mode == "replay":
+            return lane.variants[row] if lane is not None and row >= 0 else routers.TRAINED
+        return self.watch.lanes.get(self.lane_number, routers.TRAINED)
+
+    def generating(self) -> frozenset[str]:
+        """The variants that some lane generates under."""
+        live = self.watch.mode != "replay"
+        return frozenset(self.watch.lanes.values()) if live else frozenset({self.own()})
+
     def others(self) -> list[str]:
         """The variants of the bar that the lane does not generate under."""
-        generating = self.watch.lanes.get(self.lane_number, routers.TRAINED)
-        return [expression for expression in self.watch.variants if expression != generating]
+        own = self.own()
+        return [expression for expression in self.watch.variants if expression != own]
 
     def next_tint(self) -> None:
         names = list(TINTS)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moescope.kernels.spec import RouterSpec
 from moescope.ui.history import Lane
 from moescope.ui.routers import Decision, RouterTable, sums_wrong
-from moescope.ui.view import NEAR_TIE
+from moescope.ui.view import near_ties
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,8 @@ class LayerRow:
     entropy: float | None
     margin: float | None
     runner_up: int  # -1: none
+    near_tie: bool
     kept: int | None  # picks that the token before had too
-
-    @property
-    def near_tie(self) -> bool:
-        return self.margin is not None and self.margin < NEAR_TIE
 
 
 def _or_last(value: float | None) -> float:
@@ -54,7 +51,7 @@ SORTS: dict[str, Callable[[LayerRow], float]] = {
 
 def layer_rows(table: RouterTable, lane: Lane, row: int, decision: Decision) -> list[LayerRow]:
     """A row for every router, in order."""
-    wrong = sums_wrong(table, decision.score_sum)
+    wrong, close = sums_wrong(table, decision.score_sum), near_ties(table, decision)
     before = lane.expert_ids[row - 1] if row > 0 else None
     rows = []
     for router in range(table.count):
@@ -77,6 +74,7 @@ def layer_rows(table: RouterTable, lane: Lane, row: int, decision: Decision) -> 
                 sum_wrong=bool(wrong[router]),
                 entropy=_known(decision.entropy[router]),
                 margin=_known(decision.margin[router]),
+                near_tie=bool(close[router]),
                 runner_up=int(decision.runner_up[router]),
                 kept=kept,
             )

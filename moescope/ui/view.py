@@ -29,7 +29,7 @@ from moescope.ui.panels import (
 from moescope.ui.routers import Decision, RouterTable
 
 WINDOW = 64
-NEAR_TIE = 0.01  # in the units selection was made in
+NEAR_TIE = 0.01  # ranks K and K+1 within 1 %: a tie under another dtype or kernel
 LETTERS = "ABCDEFGH"
 # Upper ends of levels 1 to 6, in multiples of the fair share K/E; 0 is never used, 7 is above all.
 LOAD_STEPS = np.array([0.35, 0.75, 1.25, 2.0, 3.0, 4.5])
@@ -122,7 +122,7 @@ def layer_data(
         runner_up=_runner_up(decision, at, load, table),
         margin=margin,
         margin_unit=margin_unit(table, at),
-        near_tie=margin is not None and margin < NEAR_TIE,
+        near_tie=bool(near_ties(table, decision)[at]),
         score_sum=_known(decision.score_sum[at]),
         sum_range=_range(sums) if len(sums) >= 4 else None,
         sum_expected=routers.expected_sum(allowed),
@@ -139,6 +139,18 @@ def layer_data(
 def margin_unit(table: RouterTable, router: int) -> str:
     order = table.specs[router].policy.score_order
     return "logit" if order == "topk_then_score" else "score"
+
+
+def near_ties(table: RouterTable, decision: Decision) -> NDArray[np.bool_]:
+    """Which routers nearly chose otherwise: [L]. Margins of logits are ratios of scores already;
+    margins of scores are held against the lowest chosen score."""
+    lowest = np.ones(table.count, np.float32)
+    if decision.scores is not None:
+        picked = np.where(decision.expert_ids >= 0, decision.scores, np.inf).min(axis=1)
+        in_scores = np.array([margin_unit(table, r) == "score" for r in range(table.count)])
+        lowest = np.where(in_scores & np.isfinite(picked), np.abs(picked), 1.0)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(decision.margin < NEAR_TIE * lowest, np.bool_)
 
 
 def _ranked(decision: Decision, at: int, load: NDArray[np.float64]) -> tuple[ExpertRow, ...]:
@@ -197,9 +209,8 @@ def token_data(
     if row > 0:
         common = (ids[:, :, None] == lane.expert_ids[row - 1][:, None, :]) & (ids[:, :, None] >= 0)
         shared = (int(common.sum()), int((ids >= 0).sum()))
-    margins = lane.margin[row]
-    known = np.isfinite(margins)
-    ties = (int((margins[known] < NEAR_TIE).sum()), int(known.sum())) if known.any() else None
+    known = int(np.isfinite(lane.margin[row]).sum())
+    close = near_ties(table, routers.as_generated(lane, row))
     logprob = _known(lane.logprob[row])
     token_id = int(lane.token_id[row])
     text = lane.texts[row] or pieces.get(token_id, "")
@@ -210,7 +221,7 @@ def token_data(
         rank=int(lane.rank[row]) or None,
         alternatives=alternatives_before(lane, row, pieces),
         shared_with_previous=shared,
-        near_ties=ties,
+        near_ties=(int(close.sum()), known) if known else None,
         near_tie_below=NEAR_TIE,
         new_experts=lane.first_use[row],
         variants=variants,

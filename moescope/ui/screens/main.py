@@ -13,6 +13,7 @@ from textual import events, on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.timer import Timer
+from textual.widget import Widget
 from textual.widgets import Footer, Input, Label, Static
 
 from moescope.engine import protocol as p
@@ -120,16 +121,18 @@ class MainScreen(MainKeys):
         """Advance by what the pace owes: rows of a replay, steps of a live run."""
         if not self.playing:
             return
-        due = self.pace.due(now)
         lane = self.look.lane
         if self.subject.mode == "replay":
+            due = self.pace.due(now)
             if lane is not None and due:
                 self.look.seek(self.look.at + due)
                 self.playing = self.look.at < lane.count - 1
         elif self.subject.mode == "paused" and lane is not None:
-            if self._stepped[0] is not lane or lane.count >= self._stepped[1]:
-                self.subject.send(p.Step(max(1, due)))
-                self._stepped = (lane, lane.count + max(1, due))
+            come = self._stepped[0] is not lane or lane.count >= self._stepped[1]
+            due = self.pace.due(now) if come else 0
+            if due:
+                self.subject.send(p.Step(due))
+                self._stepped = (lane, lane.count + due)
         elif self.subject.mode == "idle" and self.subject.finished:
             self.playing = False
 
@@ -175,7 +178,7 @@ class MainScreen(MainKeys):
 
     def _ready(self) -> None:
         """Routers are known now: lay out for them, and begin what begins by itself."""
-        self._place()
+        self.place()
         replay = self.subject.mode == "replay"
         if replay:
             self.pace, self.playing = Pace(BASE), True
@@ -214,17 +217,17 @@ class MainScreen(MainKeys):
         if too_small:
             needs = f"needs {arrange.NEEDS[0]}×{arrange.NEEDS[1]}, have {width}×{height}"
             self.query_one("#small", Static).update(needs)
-        self._place()
+        self.place()
         self._drawn = None
 
-    def _place(self) -> None:
+    def place(self) -> None:
         table = self.subject.table
         if table is None:
             return
         chart = self.query_one("#map", ExpertMap)
         chrome = CHROME + (self.subject.mode == "replay")
         place = arrange.arrange(
-            self.size.width,
+            self.query_one("#variants").size.width or self.size.width,
             max(1, self.size.height - chrome),
             table.count,
             table.widest,
@@ -236,10 +239,18 @@ class MainScreen(MainKeys):
         for name in ("layer", "sums", "token"):
             self.set_class(name in place.out, f"-out-{name}")
         self.query_one("#left").styles.width = place.left
-        chart.styles.height = place.map_height
-        for panel in self.query(LayerPanel):
-            panel.styles.height = place.layer_height
+        sizes: list[tuple[Widget, int]] = [(chart, place.map_height)]
+        sizes += [(panel, place.layer_height) for panel in self.query(LayerPanel)]
+        for panel, height in sizes:
+            panel.styles.height = "1fr" if panel is self.maximized else height
         self.query_one(Footer).show_command_palette = place.kind != "column"
+
+    def watch_maximized(self, before: Widget | None, now: Widget | None) -> None:
+        """One panel on the whole screen, or none any more: heights are ours to give."""
+        for panel, height in ((before, None), (now, "1fr")):
+            if panel is not None:
+                panel.styles.height = height
+        self.place()
 
     @property
     def mode(self) -> lines.Mode:
@@ -285,7 +296,7 @@ class MainScreen(MainKeys):
             view.variant_bar(
                 watch.table,
                 watch.variants,
-                frozenset(watch.lanes.values()) if watch.mode != "replay" else frozenset(),
+                look.generating(),
                 look.shown,
             )
         )

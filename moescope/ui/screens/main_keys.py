@@ -265,10 +265,10 @@ class MainKeys(Screen[None]):
         at = ZOOMS.index(chart.zoom_shown) + by
         chart.zoom = ZOOMS[max(0, min(len(ZOOMS) - 1, at))] if 0 <= at < len(ZOOMS) else "auto"
         self.say(f"map: {chart.zoom}")
-        self._place()
+        self.place()
         self.draw()
 
-    def _place(self) -> None:
+    def place(self) -> None:
         raise NotImplementedError
 
     def action_tint(self) -> None:
