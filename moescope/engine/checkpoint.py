@@ -113,7 +113,7 @@ class Checkpoint:
 
     @cached_property
     def weights_hash(self) -> str:
-        """sha256 over each shard's header and 16 samples of its data.
+        """sha256 over each shard's header and 16 samples of its data; needs the open files.
 
         Headers alone would call two trainings of one architecture equal; all bytes take minutes.
         """
@@ -201,7 +201,10 @@ class Checkpoint:
     # --- its end ----------------------------------------------------------------------------
 
     def verify_unchanged(self) -> None:
-        """Raise where a file was written to since it was opened; note where it was replaced."""
+        """Raise where a file was written to since it was opened; note where it was replaced.
+
+        Called when all is read. Takes `weights_hash` too, which stays after `close`.
+        """
         for shard in self.shards.values():
             now, then = os.fstat(shard.descriptor), shard.found
             if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
@@ -216,6 +219,7 @@ class Checkpoint:
                 replaced = True
             if replaced:
                 self.notes.append(f"{shard.name}: replaced on disk; the older file was loaded")
+        _ = self.weights_hash
 
     def close(self) -> None:
         """Close the files; headers, config and notes stay."""
