@@ -40,15 +40,15 @@ def wal_path(path: Path) -> Path:
     return path.with_name(path.name + "-wal")
 
 
-def create(path: Path, durable: bool) -> sqlite3.Connection:
-    """A new trace's tables in an empty file, in WAL mode. Raises sqlite3.Error."""
+def create(path: Path) -> sqlite3.Connection:
+    """A new trace's tables in an empty file, in WAL mode, not yet synced. Raises sqlite3.Error."""
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
     try:
         db.execute(f"PRAGMA page_size={PAGE_SIZE}")
         db.execute(f"PRAGMA application_id={APPLICATION_ID}")
         db.execute(f"PRAGMA user_version={VERSION}")
+        db.execute("PRAGMA synchronous=OFF")
         db.execute("PRAGMA journal_mode=WAL")
-        db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
         db.execute("BEGIN IMMEDIATE")
         for statement in TABLES.values():
             db.execute(statement)

@@ -173,7 +173,7 @@ class TraceWriter:
     def _open(self, durable: bool, force: bool) -> sqlite3.Connection:
         self._clear_place(force)
         try:
-            db = database.create(self.path, durable)
+            db = database.create(self.path)
             self._rows = {"meta": json.dumps(to_json(self.meta))}
             self._rows["writer"] = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
             for router, tensors in self.meta.router_tensors.items():
@@ -182,8 +182,13 @@ class TraceWriter:
             db.execute("BEGIN IMMEDIATE")
             _write_rows(db, self._rows)
             db.execute("COMMIT")
-            # A copy made while recording shall at least have the tables and say what it is.
+            # A copy made while recording shall at least have the tables and say what it is. One
+            # sync for all of this; its descriptor stays open, for closing it would take away the
+            # locks that SQLite has on the file in this process.
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+            os.fsync(self._descriptor)
+            db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._lock = lock.hold(database.wal_path(self.path))
         except (sqlite3.Error, OSError) as error:
             raise _output_error(self._shown, f"cannot be written: {_reason(error)}") from error
@@ -223,6 +228,7 @@ class TraceWriter:
             self._fail(self._stopped(_reason(error)))
         finally:
             self._db.close()
+            os.close(self._descriptor)
             lock.release(self._lock)
 
     def _take(self) -> list[_Item]:
