@@ -54,7 +54,7 @@ def test_hostile_text_is_shown_and_not_obeyed(text: str) -> None:
 
 
 @given(ANYTHING)
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=800, deadline=None)
 def test_nothing_a_terminal_acts_on_comes_out(text: str) -> None:
     shown = printable(text, None)
     assert harmless(shown)
@@ -63,14 +63,14 @@ def test_nothing_a_terminal_acts_on_comes_out(text: str) -> None:
 
 
 @given(ANYTHING, st.integers(0, 80))
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_a_cut_anywhere_gives_the_same_text(text: str, cut: int) -> None:
     parts = printable(text[:cut], None) + printable(text[cut:], None)
     assert parts == printable(text, None)
 
 
 @given(ANYTHING, st.integers(0, 40))
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_a_limit_holds_and_is_stable(text: str, limit: int) -> None:
     shown = printable(text, limit)
     assert len(shown) <= limit

@@ -104,7 +104,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_any_json_is_read_or_refused(value: Any) -> None:
     text = json.dumps(value).encode()
     finite = not any(word in text for word in (b"NaN", b"Infinity")) or b'"' in text
@@ -118,7 +118,7 @@ def test_any_json_is_read_or_refused(value: Any) -> None:
 
 
 @given(st.binary(max_size=60))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     try:
         parse_object(data, "x.json")

@@ -123,7 +123,7 @@ def test_streamed_text_is_the_decoded_text(kind: str, text: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_any_ids_stream_to_what_they_decode_to(kind: str, data: st.DataObject) -> None:
     tokenizer = opened(kind)
     some = st.one_of(st.integers(0, 12), st.integers(0, 450), st.sampled_from([4 + 0xE4, 4 + 0xBD]))
