@@ -316,12 +316,14 @@ def run_compare(
     layers = [router.layer for router in model.interpreter.routers]
     first, *others = sorted(session.lanes)
     pairings = [Pairing(first, other, layers) for other in others]
-    for frame in session.generate(request, force_ids=force_ids):
-        for pairing in pairings:
-            pairing.feed(frame)
-        if watch is not None:
-            watch(frame)
-    session.close()
+    try:
+        for frame in session.generate(request, force_ids=force_ids):
+            for pairing in pairings:
+                pairing.feed(frame)
+            if watch is not None:
+                watch(frame)
+    finally:
+        session.close()
     lanes = tuple(
         LaneResult(
             lane=lane.index,

@@ -127,7 +127,10 @@ def prompt_of(tokenizer: Any, request: Generate) -> tuple[list[int], Messages | 
 def further(
     tokenizer: Any, lane: Lane, request: Generate, end_ids: Sequence[int]
 ) -> tuple[list[int], Messages | None]:
-    """All ids of `lane` with a further turn. A chat is rendered as a whole, so ids may change."""
+    """All ids of `lane` with a further turn. A chat is rendered as a whole, so ids may change.
+
+    Of the messages, those after the last answer are new: each lane has an answer of its own.
+    """
     if request.messages is None:
         if request.prompt_ids is not None:
             return [*lane.ids, *request.prompt_ids], None
@@ -141,11 +144,9 @@ def further(
     answer = lane.ids[lane.start :]
     if answer and answer[-1] in end_ids:
         answer = answer[:-1]
-    messages = (
-        *lane.turns[-1].messages,
-        ("assistant", tokenizer.decode(answer)),
-        *request.messages,
-    )
+    answers = [i for i, (role, _) in enumerate(request.messages) if role == "assistant"]
+    fresh = request.messages[answers[-1] + 1 :] if answers else request.messages
+    messages = (*lane.turns[-1].messages, ("assistant", tokenizer.decode(answer)), *fresh)
     return rendered(tokenizer, messages), messages
 
 

@@ -52,7 +52,9 @@ class Generate:
     prompt: str = ""
     prompt_ids: tuple[int, ...] | None = None  # instead of `prompt`
     messages: tuple[tuple[str, str], ...] | None = None  # (role, text): applies the chat template
-    continues: bool = False  # a further turn: continue the lanes instead of starting over
+    # a further turn: continue the lanes instead of starting over; of `messages`, those after the
+    # last answer are new (each lane has an answer of its own)
+    continues: bool = False
     sampling: Sampling = Sampling()
     paused: bool = False  # prefill, then wait
 

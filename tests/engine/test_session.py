@@ -367,13 +367,17 @@ def test_a_chat_turn_that_renders_anew_is_refilled_from_the_first_difference() -
     assert session.lanes[0].ids == fresh.lanes[0].ids
 
 
-def test_a_chat_turn_with_the_same_prefix_feeds_only_what_is_new() -> None:
+@pytest.mark.parametrize("before", [(), (("user", "hi"), ("assistant", "of another lane"))])
+def test_a_chat_turn_with_the_same_prefix_feeds_only_what_is_new(
+    before: tuple[tuple[str, str], ...],
+) -> None:
     session = Session(fake(), FakeTokenizer())
     session.start(Generate(messages=(("user", "hi"),)), force_ids=FakeTokenizer().encode("yes"))
     finish(session)
     session.take_events()
     held = session.lanes[0].fed
-    frames = list(session.generate(Generate(messages=(("user", "so"),), continues=True)))
+    frames = list(session.generate(Generate(messages=(*before, ("user", "so")), continues=True)))
+    assert session.lanes[0].prompt_ids == FakeTokenizer().encode("<u>hi<a>yes<e><u>so<a>")
     assert frames[0].position == held
     assert [e.note for e in session.take_events() if isinstance(e, Prompted)] == [""]
 

@@ -135,4 +135,4 @@ def test_the_engine_in_a_child_writes_what_the_one_in_process_does(
         told = list(reader.frames())
         assert [f.token_id for f in told] == [f.token_id for f in frames]
         assert [f.text for f in told] == [f.text for f in frames]
-        assert reader.meta.models[0]["tokenizer_hash"]
+        assert reader.meta.models[0]["tokenizer_hash"] and reader.meta.models[0]["weights_hash"]
