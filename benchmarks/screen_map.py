@@ -95,6 +95,7 @@ async def measure(zoom: str, count: int, rounds: int) -> dict[str, dict[str, flo
     return {
         kind: {
             "median_ms": round(statistics.median(times[kind]), 2),
+            "least_disturbed_round_ms": round(min(times[kind]), 2),
             "kib": round(statistics.mean(sizes[kind]) / 1024, 1),
         }
         for kind in KINDS

@@ -6,6 +6,7 @@ a cell is and which routers are in view is `map_layout.py`; what a cell looks li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -276,12 +277,14 @@ def _map_rows(data: MapData, layout: Layout) -> list[Any]:
         codes = braille_codes(data, layout, compares(data))
     rows: list[Any] = []
     dtype = codes.dtype.str
+    sums, wrongs = data.score_sum.tolist(), data.sum_wrong.tolist()
     wide, tall, step = layout.cell_width, layout.cell_height, layout.per_row
     for index, line_codes in enumerate(codes):
         first = layout.first_router + index * step
         here = first <= data.cursor[0] < first + step
         label = fit(data.gutter[first], layout.gutter - 1, ">") + (ROW_MARK if here else " ")
-        tail = _tail(data, layout, first, min(first + step, len(data.gutter)))
+        block = slice(first, first + step)
+        tail = _tail(data, layout, sums[block], wrongs[block], first)
         key = line_codes.tobytes()
         middle = (tall - 1) // 2
         for line in range(tall):
@@ -303,14 +306,15 @@ def _map_rows(data: MapData, layout: Layout) -> list[Any]:
     return rows
 
 
-def _tail(data: MapData, layout: Layout, first: int, last: int) -> tuple[tuple[str, str], ...]:
-    """The sum column of routers `first` to `last`."""
+def _tail(
+    data: MapData, layout: Layout, sums: Sequence[float], wrongs: Sequence[bool], first: int
+) -> tuple[tuple[str, str], ...]:
+    """The sum column of a router or, in the smaller zooms, of a row of them."""
     if data.right is not None:
         return ((fit(data.right[first], layout.sum_width, ">"), "text"),)
-    sums = data.score_sum[first:last]
-    known = sums[~np.isnan(sums)]
-    value = float(known.mean()) if len(known) else float("nan")
-    wrong = bool(data.sum_wrong[first:last].any())
+    known = [value for value in sums if value == value]
+    value = sum(known) / len(known) if known else math.nan
+    wrong = any(wrongs)
     flag = WRONG if wrong else " "
     if layout.bar_width:
         figures = number(value, 3).rjust(5)

@@ -184,10 +184,12 @@ class MapBrush:
         strong = self.pens.style["cursor" if cursor else "mark"]
         core = SHADES[level] if mark == " " else mark
         if inner >= 3:
-            body = f"[{core}]" if cursor else f"{shade}{core}{shade}"
-            left = (inner - 3) // 2
-            right = inner - 3 - left
-            return [(shade * left, style), (body, strong), (shade * right + gap, style)]
+            left = (inner - 1) // 2
+            right = shade * (inner - 1 - left)
+            if cursor:
+                edges = shade * (left - 1)
+                return [(edges, style), (f"[{core}]", strong), (right[1:] + gap, style)]
+            return [(shade * left, style), (core, strong), (right + gap, style)]
         return [(core, strong), (shade * (inner - 1) + gap, style)]
 
     def _mark(self, code: int) -> str:
