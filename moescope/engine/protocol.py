@@ -17,7 +17,7 @@ MAX_LANES = 8  # A to H
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn; temperature 0 is greedy. 0 turns top_k and min_p off, 1 top_p."""
+    """How a token is drawn; temperature 0 is greedy. 0 turns top_k and min_p off, 1 turns top_p."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -86,8 +86,8 @@ class SetVariant:
 
 @dataclass(frozen=True, slots=True)
 class AddLane:
-    """Open a lane under `expression`. With `fork_of`, it shares that lane's tokens before `position`
-    (None: all of them) and goes on from there; else it joins at the next `Generate`."""
+    """Open a lane under `expression`. With `fork_of`, it shares that lane's tokens before
+    `position` (None: all of them) and goes on from there; else it joins at the next `Generate`."""
 
     expression: str
     fork_of: int | None = None
@@ -126,9 +126,10 @@ class Loading:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """The model is ready. `facts` holds what the screen prints: name, family, model_type, num_layers,
-    num_routers, device, dtype, weights_bytes, cache_bytes, parameters, active_parameters,
-    context, vocab_size, has_chat_template, chat_template_source, kernels, notes (list of str)."""
+    """The model is ready. `facts` holds what the screen prints: name, family, model_type,
+    num_layers, num_routers, device, dtype, weights_bytes, cache_bytes, parameters,
+    active_parameters, context, vocab_size, has_chat_template, chat_template_source, kernels,
+    notes (list of str)."""
 
     facts: dict[str, Any]
     meta: TraceMeta
@@ -210,7 +211,7 @@ class Link(Protocol):
         blocks. After a `Failed(fatal=True)` nothing more comes."""
 
     def close(self, timeout: float = 5.0) -> None:
-        """End the engine: commits the trace, joins the process, kills it after `timeout` seconds."""
+        """End the engine: commit the trace, join the process, kill it after `timeout` seconds."""
 
     @property
     def trace_path(self) -> Path | None:
