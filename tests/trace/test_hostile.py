@@ -6,7 +6,8 @@ import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,23 @@ from moescope.trace.store import TraceReader, TraceWriter
 from moescope.trace.writer import meta_checksum
 from tests.trace.samples import a_frame, a_meta, differences
 
-FRAMES = [a_frame(position) for position in range(280)]
+CHUNK = 40  # frames; real ones have 256
+FRAMES = [a_frame(position) for position in range(60)]
 EVENTS = [TraceEvent("prompt", {"text": "Once", "ids": [5]}), TraceEvent("note", {"text": "half"})]
+
+
+@contextmanager
+def small_chunks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moescope.trace.writer.CHUNK_FRAMES", CHUNK)
+        yield
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chunk of 256, one of 24, two events."""
+    """A chunk of 40, one of 20, two events."""
     path = tmp_path_factory.mktemp("traces") / "good.moetrace"
-    with TraceWriter(path, a_meta()) as writer:
+    with small_chunks(), TraceWriter(path, a_meta()) as writer:
         writer.event(EVENTS[0])
         for frame in FRAMES:
             writer.append(frame)
@@ -40,10 +49,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recording copied in the middle, with its -wal: a chunk, and 24 frames in the tail."""
+    """A recording copied in the middle, with its -wal: a chunk, and 20 frames in the tail."""
     folder = tmp_path_factory.mktemp("traces")
     path = folder / "good.moetrace"
-    with TraceWriter(path, a_meta()) as writer:
+    with small_chunks(), TraceWriter(path, a_meta()) as writer:
         writer.event(EVENTS[0])
         for frame in FRAMES:
             writer.append(frame)
@@ -120,7 +129,7 @@ def test_one_flipped_bit_is_never_silent(finished: Path, tmp_path: Path) -> None
     chance = random.Random(9)
     good = finished.read_bytes()
     path = tmp_path / "flipped.moetrace"
-    for _ in range(150):
+    for _ in range(250):
         data = bytearray(good)
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         path.write_bytes(data)
@@ -131,7 +140,7 @@ def test_mutated_recordings_that_did_not_end(interrupted: Path, tmp_path: Path) 
     chance = random.Random(10)
     path = tmp_path / "bad.moetrace"
     good, wal = interrupted.read_bytes(), interrupted.with_name("cut.moetrace-wal").read_bytes()
-    for _ in range(60):
+    for _ in range(100):
         both = [bytearray(good), bytearray(wal)]
         _mutate(both[chance.randrange(2)], chance)
         path.write_bytes(both[0])
@@ -242,7 +251,7 @@ def lie(source: Path, target: Path, name: str, change: Callable[[np.ndarray], An
         (blob,) = db.execute(f"SELECT b FROM chunk {where}", (name,)).fetchone()
         column = unpack(blob).copy()
         forged = pack(change(column))
-        crc = checksum(name, 0, 256, forged)
+        crc = checksum(name, 0, CHUNK, forged)
         db.execute(f"UPDATE chunk SET b = ?, crc = ? {where}", (forged, crc, name))
     db.close()
     return target
@@ -250,7 +259,7 @@ def lie(source: Path, target: Path, name: str, change: Callable[[np.ndarray], An
 
 def put(value: float) -> Callable[[np.ndarray], np.ndarray]:
     def change(column: np.ndarray) -> np.ndarray:
-        column.reshape(-1)[100] = value
+        column.reshape(-1)[30] = value
         return column
 
     return change
@@ -288,12 +297,12 @@ def test_a_lie_is_found_and_the_other_chunk_stays_readable(
     path = lie(finished, tmp_path / "x.moetrace", name, change)
     with TraceReader.open(path) as reader:
         frames = list(reader.frames())
-        assert [frame.position for frame in frames] == list(range(256, 280))
-        assert fault in reader.problems[0] and "256 frames skipped" in reader.problems[0]
+        assert [frame.position for frame in frames] == list(range(CHUNK, 60))
+        assert fault in reader.problems[0] and f"{CHUNK} frames skipped" in reader.problems[0]
         with pytest.raises(MoescopeError, match="frame 3 cannot be read"):
             reader.frame(3)
-        assert np.isnan(reader.column("score_sum")[:256]).all()
-        assert reader.column("score_sum").shape == (280, 4)
+        assert np.isnan(reader.column("score_sum")[:CHUNK]).all()
+        assert reader.column("score_sum").shape == (60, 4)
 
 
 def test_a_lie_about_one_column_is_found_in_bulk_reads_too(finished: Path, tmp_path: Path) -> None:
