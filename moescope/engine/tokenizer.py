@@ -207,15 +207,17 @@ def _absent(checkpoint: Checkpoint) -> MoescopeError:
 
 
 def _sanitise(data: bytes, notes: list[str]) -> tuple[dict[str, Any], bytes]:
-    """The tokenizer as JSON, without padding and truncation: both only shape batches, and sizes in
-    them can end the process."""
+    """The tokenizer as JSON without what is for training: padding and truncation shape batches, and
+    sizes in them can end the process; dropout makes ids random."""
     parsed = parse_object(data, NAME)
-    dropped = [name for name in ("padding", "truncation") if parsed.get(name) is not None]
+    model = parsed.get("model")
+    parts = ((parsed, "padding"), (parsed, "truncation"), (model, "dropout"))
+    dropped = [(part, name) for part, name in parts if isinstance(part, dict) and part.get(name)]
     if not dropped:
         return parsed, data.removeprefix(b"\xef\xbb\xbf")
-    for name in dropped:
-        parsed[name] = None
-    notes.append(f"{NAME}: {' and '.join(dropped)} left out: the prompt is used whole")
+    for part, name in dropped:
+        part[name] = None
+    notes.append(f"{NAME}: {', '.join(name for _, name in dropped)} left out; for training only")
     return parsed, json.dumps(parsed).encode()
 
 

@@ -302,14 +302,14 @@ def test_a_hostile_tokenizer_is_an_error_in_time(
     assert caught.value.code == ExitCode.CHECKPOINT
 
 
-def test_padding_and_truncation_are_left_out(tmp_path: Path) -> None:
-    tokenizer = open_folder(
-        write(tmp_path, with_parts(padding=PADDING, truncation=TRUNCATION), {"eos_token_id": 1})
-    )
+def test_what_is_for_training_is_left_out(tmp_path: Path) -> None:
+    parts = with_parts(padding=PADDING, truncation=TRUNCATION)
+    parts["model"]["dropout"] = 0.9
+    tokenizer = open_folder(write(tmp_path, parts, {"eos_token_id": 1}))
     assert tokenizer.notes == [
-        "tokenizer.json: padding and truncation left out: the prompt is used whole"
+        "tokenizer.json: padding, truncation, dropout left out; for training only"
     ]
-    assert tokenizer.decode(tokenizer.encode(CORPUS[0])) == CORPUS[0]
+    assert tokenizer.encode(CORPUS[0]) == opened("byte level").encode(CORPUS[0])
 
 
 def test_an_added_token_is_shown_and_not_obeyed(tmp_path: Path) -> None:
