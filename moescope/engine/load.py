@@ -20,6 +20,7 @@ from moescope.engine.decoder import DecoderSpec, state_bytes
 from moescope.engine.families.names import Piece, Plan, place
 from moescope.engine.protocol import Loading, LoadRequest
 from moescope.errors import ExitCode, MoescopeError
+from moescope.safety import single_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,27 +123,32 @@ def choose_device(wanted: str) -> str:
 def choose_dtype(wanted: str, device: str, checkpoint: Checkpoint, plan: Plan) -> str:
     """`auto` is the dtype most of the weights are stored in. On a CPU, small models (under 1 GB)
     run in float32: it holds every stored value, and there bfloat16 saves no time worth having."""
+    stored = _stored_dtype(checkpoint, plan)
     if wanted in ITEM_BYTES:
         return wanted
     if wanted != "auto":
         expected = "auto, float32, bfloat16 or float16"
         raise MoescopeError(f"dtype: expected {expected}, found {wanted[:20]!r}")
-    sizes: dict[str, int] = {}
-    for placement in plan.placements:
-        for piece in placement.pieces:
-            stored = checkpoint.tensors[piece.source].dtype
-            if stored not in _STORED:
-                raise MoescopeError(
-                    f"{checkpoint.tensors[piece.source].shard}: {piece.source}: expected "
-                    f"F32, BF16 or F16, found {stored}",
-                    hint="the unquantised repository of the same model (bfloat16)",
-                    code=ExitCode.CHECKPOINT,
-                )
-            sizes[stored] = sizes.get(stored, 0) + prod(piece.shape)
-    stored = _STORED[max(sizes, key=lambda kind: sizes[kind])]
     total = sum(prod(placement.shape) for placement in plan.placements)
     small = total * ITEM_BYTES[stored] < SMALL
     return "float32" if device == "cpu" and small else stored
+
+
+def _stored_dtype(checkpoint: Checkpoint, plan: Plan) -> str:
+    """The commonest dtype of the tensors that will be read; packed or integer ones are refused."""
+    sizes: dict[str, int] = {}
+    for placement in plan.placements:
+        for piece in placement.pieces:
+            info = checkpoint.tensors[piece.source]
+            if info.dtype not in _STORED:
+                raise MoescopeError(
+                    f"{single_line(info.shard, 120)}: {single_line(piece.source, 200)}: "
+                    f"expected F32, BF16 or F16, found {info.dtype}",
+                    hint="the unquantised repository of the same model (bfloat16)",
+                    code=ExitCode.CHECKPOINT,
+                )
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + prod(piece.shape)
+    return _STORED[max(sizes, key=lambda kind: sizes[kind])]
 
 
 def memory_needed(spec: DecoderSpec, dtype: str, device: str, max_context: int) -> dict[str, int]:

@@ -154,8 +154,16 @@ class TorchDecoder:
         if lanes == len(self._lengths) and capacity == self._capacity:
             return
         with torch.inference_mode():
-            for attention in self._attentions:
-                attention.open(lanes, capacity, self.device)
+            try:
+                for attention in self._attentions:
+                    attention.open(lanes, capacity, self.device)
+            except (RuntimeError, MemoryError) as error:
+                size = self.cache_bytes(lanes, capacity) / 1e9
+                raise MoescopeError(
+                    f"no memory for a cache of {size:.1f} GB ({lanes} lanes of {capacity} tokens)",
+                    hint="fewer lanes or a shorter context",
+                    code=ExitCode.RESOURCES,
+                ) from error
             if capacity > self._capacity:
                 for key, rope in self._ropes.items():
                     table = ops.rotary_table(rope, capacity, self.device)
@@ -188,10 +196,7 @@ class TorchDecoder:
         self._groups.clear()
 
     def _intern(self, spec: RouterSpec) -> RouterSpec:
-        """One object per spec, so that lanes are grouped by identity. Where the gate's product is
-        in `logits_dtype` already, the kernel need not round and can take its short path."""
-        if spec.policy.logits_dtype == spec.wiring.router_dtype:
-            spec = spec.with_policy(logits_dtype="float32")
+        """One object per spec, so that lanes are grouped by identity."""
         return self._interned.setdefault(spec, spec)
 
     def length(self, lane: int) -> int:

@@ -391,7 +391,6 @@ EXEMPT: dict[str, str] = {
     "RouterWiring.router_input": "FlexOlmo has no norm before its router: both inputs are one",
     "RouterWiring.router_dtype": "rounding: seen in bfloat16 only",
     "RouterWiring.combine_dtype": "rounding: seen in bfloat16 only",
-    "RouterPolicy.logits_dtype": "rounding: seen in bfloat16 only",
 }
 
 # Config edits that must not load, because the tensors are of another model.

@@ -169,7 +169,7 @@ def softmax_router(
 ) -> RouterSpec:
     """Softmax over all experts, then top-k. `renormalises` None: by `norm_topk_prob`.
 
-    The gate's product and the logits are in the model's dtype, the softmax in float32
+    The gate's product, so its logits too, are in the model's dtype, the softmax in float32
     (transformers: OlmoeTopKRouter and its copies; MixtralTopKRouter leaves the weights float32).
     """
     experts = config.int(("num_experts", "num_local_experts"), 1, COUNT)
@@ -179,7 +179,7 @@ def softmax_router(
     if renormalises is None:
         renormalises = config.bool("norm_topk_prob", False)
     return RouterSpec(
-        RouterPolicy(chosen, logits_dtype="model", norm_topk_prob=renormalises),
+        RouterPolicy(chosen, norm_topk_prob=renormalises),
         RouterWiring(
             experts,
             combine_dtype=combine,

@@ -13,7 +13,7 @@ from typing import Protocol
 from moescope.engine.config import bad
 from moescope.engine.decoder import DecoderSpec
 from moescope.engine.parameters import Slot, slots
-from moescope.safety import printable
+from moescope.safety import single_line
 
 
 class Stored(Protocol):
@@ -200,7 +200,7 @@ def _in_layout(slot: Slot, layout: ExpertLayout, module: str) -> list[Piece]:
 
 def _missing(name: str) -> Exception:
     return bad(
-        f"checkpoint: {printable(name, 200)}: expected a tensor, found none",
+        f"checkpoint: {single_line(name, 200)}: expected a tensor, found none",
         "download the checkpoint again: a shard may be missing or cut short",
     )
 
@@ -216,10 +216,10 @@ def _check(slot: Slot, piece: Piece, keys: Mapping[str, str], stored: Mapping[st
     layer = slot.name.split(".")[1] if slot.name.startswith("layers.") else ""
     where = f"layer {layer} " if layer else ""
     leaf = ".".join(piece.source.split(".")[-2:])
-    shard = printable(info.shard, 120)
+    shard = single_line(info.shard, 120)
     if len(found) != len(piece.shape):
         raise bad(
-            f"{shard}: {printable(piece.source, 200)}: expected {len(piece.shape)} dimensions, "
+            f"{shard}: {single_line(piece.source, 200)}: expected {len(piece.shape)} dimensions, "
             f"found {len(found)}"
         )
     axis = next(i for i, size in enumerate(found) if size != piece.shape[i])

@@ -50,9 +50,7 @@ def _experts(config: Fields) -> Experts:
     return common.experts(config, config.int("moe_intermediate_size", 1, common.SIZE))
 
 
-def _layers(
-    config: Fields, sizes: common.Sizes, mixers: list[Attention], moe: MoE
-) -> DecoderSpec:
+def _layers(config: Fields, sizes: common.Sizes, mixers: list[Attention], moe: MoE) -> DecoderSpec:
     """A layer is sparse by `decoder_sparse_step`, unless `mlp_only_layers` names it."""
     step = config.int("decoder_sparse_step", 1, 1024, 1)
     dense = set(config.list("mlp_only_layers", int, default=[]))

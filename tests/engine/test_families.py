@@ -1,0 +1,307 @@
+"""Configs to specs: both dialects, published sizes, and every refusal by name. No weights here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moescope.engine import families, parameters
+from moescope.engine.decoder import MLP, Attention, DecoderSpec, MoE
+from moescope.errors import ExitCode, MoescopeError
+from tests.tiny import FAMILIES
+
+# As published (the fields that matter).
+OLMOE: dict[str, Any] = {
+    "model_type": "olmoe",
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "clip_qkv": None,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
+}
+QWEN3: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 48,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 40960,
+}
+QWEN2: dict[str, Any] = {
+    "model_type": "qwen2_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "use_sliding_window": False,
+    "sliding_window": 32768,
+    "max_window_layers": 21,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 8192,
+}
+MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "max_position_embeddings": 32768,
+}
+FLEX: dict[str, Any] = {
+    **OLMOE,
+    "model_type": "flex_olmo",
+    "rope_theta": 500000.0,
+    "num_experts": 7,
+    "num_experts_per_tok": 5,
+}
+CONFIGS = {config["model_type"]: config for config in (OLMOE, QWEN3, QWEN2, MIXTRAL, FLEX)}
+
+
+def moe(spec: DecoderSpec) -> MoE:
+    return next(b.operator for _, b in spec.operators() if isinstance(b.operator, MoE))
+
+
+def attention(spec: DecoderSpec, layer: int = 0) -> Attention:
+    found = spec.layers[layer].branches[0].operator
+    assert isinstance(found, Attention)
+    return found
+
+
+def refused(config: dict[str, Any]) -> MoescopeError:
+    with pytest.raises(MoescopeError) as caught:
+        families.build(config)
+    assert caught.value.code == ExitCode.CHECKPOINT
+    return caught.value
+
+
+def test_the_tables_agree() -> None:
+    assert set(families.SUPPORTED) == set(FAMILIES) == set(CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active"),
+    [(OLMOE, 6.92, 1.18), (QWEN3, 30.5, 3.04), (QWEN2, 14.3, 2.4), (MIXTRAL, 46.7, 12.8)],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_published_sizes(config: dict[str, Any], total: float, active: float) -> None:
+    """Parameters in all, and read for a token (without the rows of the embedding not looked up)."""
+    spec = families.build(config)
+    assert parameters.count(spec) / 1e9 == pytest.approx(total, rel=0.01)
+    assert parameters.count_active(spec) / 1e9 == pytest.approx(active, rel=0.02)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_both_dialects_mean_the_same(model_type: str) -> None:
+    older = CONFIGS[model_type]
+    newer = dict(older)
+    theta = newer.pop("rope_theta")
+    newer.pop("rope_scaling", None)
+    newer["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    newer["dtype"] = newer.pop("torch_dtype", "bfloat16")
+    for a, b in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
+        if a in older:
+            newer[b] = newer.pop(a)
+    assert families.build(newer) == families.build(older)
+
+
+def test_dialects_that_contradict_each_other_are_refused() -> None:
+    error = refused({**QWEN3, "num_local_experts": 64})
+    assert error.message.startswith("config.json: num_experts: expected the same as num_local")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "dialect"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, "new"),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, "old"),
+    ],
+)
+def test_yarn_in_both_dialects(scaling: dict[str, Any], dialect: str) -> None:
+    found = attention(families.build({**QWEN3, "rope_scaling": scaling})).rope
+    assert found is not None and found.scaling is not None, dialect
+    assert found.theta == 1e6 and found.scaling.kind == "yarn"
+    assert found.scaling.original_context == 32768
+    assert found.scaling.attention_factor == pytest.approx(1.1386294)
+
+
+def test_routers_are_as_the_families_have_them() -> None:
+    lines = {name: moe(families.build(config)).router for name, config in CONFIGS.items()}
+    assert lines["olmoe"].line() == "softmax → top-8, not renormalised"
+    assert lines["qwen3_moe"].line() == "softmax → top-8, renormalised"
+    assert lines["mixtral"].policy.norm_topk_prob
+    assert {name for name, spec in lines.items() if spec.wiring.combine_dtype == "float32"} == {
+        "mixtral"
+    }
+    assert lines["flex_olmo"].wiring.router_input == "residual"
+    assert lines["qwen2_moe"].wiring.shared_expert_gate == "sigmoid"
+    resolved = moe(families.build(OLMOE, "bfloat16")).router
+    assert resolved.wiring.router_dtype == resolved.wiring.combine_dtype == "bfloat16"
+    assert resolved.policy.score_dtype == "float32"
+
+
+def test_windows_of_qwen2() -> None:
+    """Every other layer below `max_window_layers`; `layer_types` overrides."""
+    config = {**QWEN2, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 5}
+    spec = families.build(config)
+    windows = [attention(spec, n).window for n in range(8)]
+    assert windows == [64, 0, 64, 0, 64, 0, 0, 0]
+    types = ["full_attention"] * 23 + ["sliding_attention"]
+    spec = families.build({**config, "layer_types": types})
+    assert [attention(spec, n).window for n in (0, 22, 23)] == [0, 0, 64]
+    assert not any(attention(families.build(QWEN2), n).window for n in range(24))
+
+
+def test_dense_layers_of_qwen() -> None:
+    spec = families.build({**QWEN3, "decoder_sparse_step": 2, "mlp_only_layers": [1, 5]})
+    sparse = [n for n, b in spec.operators() if isinstance(b.operator, MoE)]
+    assert sparse == [n for n in range(48) if n % 2 == 1 and n not in (1, 5)]
+    assert {b.operator.width for _, b in spec.operators() if isinstance(b.operator, MLP)} == {6144}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "extra", "says"),
+    [
+        ("deepseek_v4", {}, "deepseek_v4: hyper-connection / compressed-attention decoder not"),
+        ("inkling2", {}, "inkling2: hyper-connection"),
+        ("minimax", {}, "minimax: lightning / KDA linear attention not implemented"),
+        ("kimi_k3", {}, "kimi_k3: lightning / KDA"),
+        ("ernie4_5_vl_moe", {}, "ernie4_5_vl_moe: text and vision tokens use separate expert sets"),
+        ("nllb_moe", {}, "nllb_moe: encoder-decoder"),
+        ("llada2_moe", {}, "llada2_moe: not autoregressive"),
+        ("phimoe", {"num_local_experts": 16}, "phimoe: not supported by this version; supported: "),
+        ("minimax_m2", {"num_local_experts": 16}, "minimax_m2: not supported by this version"),
+        ("qwen3_vl_moe", {"text_config": {"num_experts": 8}}, "qwen3_vl_moe: not supported"),
+        ("llama", {}, "llama: no experts in config: nothing to route"),
+        ("mine", {"auto_map": {"AutoModel": "x.Y"}}, "mine: needs the code that its folder brings"),
+        ("x\x1b[31m\n", {}, r"x\x1b[31m\n: no experts"),
+    ],
+)
+def test_other_model_types_are_refused_by_name(
+    model_type: str, extra: dict[str, Any], says: str
+) -> None:
+    assert refused({"model_type": model_type, **extra}).message.startswith(says)
+
+
+def test_the_refusal_lists_what_is_supported() -> None:
+    message = refused({"model_type": "phimoe", "num_local_experts": 16}).message
+    assert message.endswith("supported: olmoe, flex_olmo, qwen2_moe, qwen3_moe, mixtral")
+
+
+@pytest.mark.parametrize(
+    ("config", "edit", "says"),
+    [
+        (OLMOE, {"hidden_act": "gelu"}, "hidden_act: expected one of silu, swish, found"),
+        (OLMOE, {"num_experts": 0}, "olmoe: no experts in config: nothing to route"),
+        (OLMOE, {"num_experts": None}, "olmoe: no experts in config: nothing to route"),
+        (OLMOE, {"num_experts": "64"}, 'num_experts: expected an integer 1..4096, found "64"'),
+        (OLMOE, {"num_experts_per_tok": 65}, "num_experts_per_tok: expected an integer 1..64"),
+        (QWEN2, {"num_experts_per_tok": 61}, "num_experts_per_tok: expected at most num_experts"),
+        (OLMOE, {"norm_topk_prob": 1}, "norm_topk_prob: expected true or false, found 1"),
+        (OLMOE, {"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor"),
+        (OLMOE, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1"),
+        (
+            OLMOE,
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling.type: expected",
+        ),
+        (OLMOE, {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: expected a number"),
+        (MIXTRAL, {"rope_theta": None}, "rope_theta: expected a number (this family's usual is"),
+        (FLEX, {"rope_theta": None}, "rope_theta: expected a number (this family's usual is"),
+        (MIXTRAL, {"sliding_window": 0}, "sliding_window: expected an integer 1.."),
+        (QWEN2, {"layer_types": ["lightning"] * 24}, "layer_types: expected full_attention or"),
+        (QWEN2, {"layer_types": ["sliding_attention"] * 24}, "layer_types: expected no sliding"),
+        (
+            QWEN3,
+            {"layer_types": ["sliding_attention"] * 48},
+            "layer_types: expected full_attention",
+        ),
+        (QWEN3, {"mlp_only_layers": [48]}, "mlp_only_layers: expected layers 0..47"),
+        (QWEN3, {"mlp_only_layers": list(range(48))}, "qwen3_moe: no experts in config"),
+        (QWEN3, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: expected"),
+        (QWEN3, {"quantization": {"bits": 4, "group_size": 64}}, "quantization: expected unquant"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_fields_are_refused_by_key_and_value(
+    config: dict[str, Any], edit: dict[str, Any], says: str
+) -> None:
+    message = refused({**config, **edit}).message
+    assert message.removeprefix("config.json: ").startswith(says), message
+
+
+def test_absent_model_type() -> None:
+    assert refused({}).message == "config.json: model_type: expected a string, found nothing"
+
+
+_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.integers(-(2**70), 2**70),
+    st.floats(allow_nan=True),
+    st.text(max_size=8),
+    st.lists(st.one_of(st.integers(-2, 60), st.text(max_size=3)), max_size=4),
+    st.dictionaries(st.sampled_from(["type", "factor", "rope_type", "rope_theta"]), st.integers()),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.sampled_from(sorted(CONFIGS)))
+def test_any_config_builds_or_is_refused(data: st.DataObject, model_type: str) -> None:
+    """Whatever a config holds, the answer is a spec or a MoescopeError, and never anything else."""
+    config = dict(CONFIGS[model_type])
+    keys = st.sampled_from(
+        [*config, "rope_parameters", "layer_types", "head_dim", "attention_bias"]
+    )
+    for key in data.draw(st.lists(keys, min_size=1, max_size=3)):
+        config[key] = data.draw(_VALUES)
+    try:
+        spec = families.build(config)
+    except MoescopeError as error:
+        assert error.message and error.message.isprintable()
+    else:
+        assert parameters.count(spec) > 0 and replace(spec) == spec
+        assert json.dumps([router.to_json() for _, _, router in spec.routers()])
