@@ -58,7 +58,7 @@ class MainScreen(MainKeys):
         self.clock = Clock()
         self.now = now or time.monotonic
         self._cells = Cells()
-        self._drawn: object = None
+        self._drawn: dict[str, object] = {}  # panel -> what it was drawn from
         self._plotted = 0.0
         self._stepped: tuple[object, int] = (None, 0)  # lane and the rows it will have
         self._timer: Timer | None = None
@@ -160,7 +160,7 @@ class MainScreen(MainKeys):
             self.clock.rest()
             self.pace.rest()
             self._timer.resume()
-            self._drawn = None
+            self._drawn.clear()
             self.draw()
 
     # --- what is looked at
@@ -169,7 +169,7 @@ class MainScreen(MainKeys):
         """Show another engine or trace."""
         self.subject, self.look = watch, Looking(watch)
         self.pace, self.playing = Pace(), False
-        self._drawn, self._cells = None, Cells()
+        self._drawn, self._cells = {}, Cells()
         self._start_clock()
         watch.pump()
         if watch.table is not None:
@@ -218,7 +218,7 @@ class MainScreen(MainKeys):
             needs = f"needs {arrange.NEEDS[0]}×{arrange.NEEDS[1]}, have {width}×{height}"
             self.query_one("#small", Static).update(needs)
         self.place()
-        self._drawn = None
+        self._drawn.clear()
 
     def place(self) -> None:
         table = self.subject.table
@@ -268,17 +268,24 @@ class MainScreen(MainKeys):
         lane, row = look.lane, look.at
         self.query_one(StatusLine).show(self.status())
         if watch.failed is not None:
-            self.query_one("#failed", Static).update(lines.failure(watch.failed))
+            if self._changed("failed", watch.failed):
+                self.query_one("#failed", Static).update(lines.failure(watch.failed))
         if watch.table is None:
             self.query_one(LoadingPanel).show(watch.loading)
             return
         self._draw_bars()
         self._draw_text(lane, row)
         if lane is None or row < 0:
-            self._drawn = None
-            self.query_one(ExpertMap).show(view.empty_map(watch.table, look.cursor))
+            if self._changed("token", (look.router, look.expert)):
+                self.query_one(ExpertMap).show(view.empty_map(watch.table, look.cursor))
         else:
             self._draw_token(lane, row)
+
+    def _changed(self, panel: str, source: object) -> bool:
+        """Whether `panel` was drawn from something else; notes what it is drawn from now."""
+        before = self._drawn.get(panel)
+        self._drawn[panel] = source
+        return before != source
 
     def status(self) -> StatusData:
         """The line on top, here and on the compare screen."""
@@ -292,19 +299,17 @@ class MainScreen(MainKeys):
     def _draw_bars(self) -> None:
         watch, look = self.subject, self.look
         assert watch.table is not None
-        self.query_one(VariantBar).show(
-            view.variant_bar(
-                watch.table,
-                watch.variants,
-                look.generating(),
-                look.shown,
+        generating = look.generating()
+        if self._changed("variants", (watch.variants, generating, look.shown)):
+            self.query_one(VariantBar).show(
+                view.variant_bar(watch.table, watch.variants, generating, look.shown)
             )
-        )
         template = bool(watch.facts.get("has_chat_template")) and watch.mode != "replay"
         chat = f" chat {'on' if watch.chat else 'off'} ^t " if template else ""
-        label = self.query_one("#chat", Label)
-        label.display = bool(chat)
-        label.update(chat)
+        if self._changed("chat", chat):
+            label = self.query_one("#chat", Label)
+            label.display = bool(chat)
+            label.update(chat)
         if watch.mode == "replay":
             total = look.lane.count if look.lane is not None else 0
             self.query_one(Transport).show(
@@ -316,6 +321,10 @@ class MainScreen(MainKeys):
     def _draw_text(self, lane: Lane | None, row: int) -> None:
         assert self.subject.table is not None and self.subject.history is not None
         follow = self.look.row is None
+        count = lane.count if lane is not None else 0
+        key = (lane, count, row, follow, self.look.router, self.look.tint)
+        if not self._changed("text", key):
+            return
         at = f"token {int(lane.position[row])}" if lane is not None and row >= 0 else ""
         self.query_one(Transcript).show(
             self._cells.data(
@@ -334,10 +343,9 @@ class MainScreen(MainKeys):
         watch, look, table = self.subject, self.look, self.subject.table
         assert table is not None and watch.history is not None
         settled = not self.playing and not watch.live
-        key = (id(lane), row, look.router, look.expert, look.shown, settled, watch.variants)
-        if key == self._drawn:
+        key = (lane, row, look.router, look.expert, look.shown, settled, watch.variants)
+        if not self._changed("token", key):
             return
-        self._drawn = key
         decision = look.decision()
         assert decision is not None
         counts = view.load_counts(lane, row, table.widest)
