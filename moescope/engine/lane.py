@@ -1,18 +1,19 @@
 """One lane of a session: its ids, how far they were fed, and its text. Data and small rules only.
 
 The interpreter holds the lane's operator state under the same number; `session.py` decides what is
-fed when. Prompts and turns become ids here, because only a lane knows its own answers.
+fed when, `prompts.py` what a turn adds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from moescope.engine.protocol import Generate, Sampling
+from moescope.engine.interpreter import Router
+from moescope.engine.protocol import MAX_LANES, Sampling
 from moescope.engine.sampling import Expectation
-from moescope.errors import MoescopeError
+from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterPolicy
 
 Messages = tuple[tuple[str, str], ...]  # (role, text)
@@ -85,6 +86,40 @@ class Lane:
             return "length"
         return "context" if count >= context else ""
 
+    def begin(
+        self, ids: list[int], begin: int, end: int, messages: Messages | None, sampling: Sampling
+    ) -> None:
+        """Take ids [begin, end) as the newest prompt; what follows them in `ids` is given too."""
+        kept = [Turn(t.begin, min(t.end, begin), t.messages) for t in self.turns if t.begin < begin]
+        self.turns = (*kept, Turn(begin, end, messages))
+        self.ids, self.forced_until = ids, len(ids) if len(ids) > end else 0
+        self.sampling, self.reason = sampling, ""
+
+    def told_of(self, token: int) -> tuple[float, int] | None:
+        """Log probability and rank the model gave `token`, which is fed next, where known."""
+        if self.expected is not None:
+            return self.expected.logprob(token), self.expected.rank(token)
+        return self.told[self.fed] if self.fed < len(self.told) else None
+
+    def say(self, tokenizer: Any, token: int, is_last: bool) -> str:
+        """What `token`, fed next, adds to the text; the last one brings what was held back."""
+        if tokenizer is None:
+            return ""
+        if self.stream is None:
+            self.stream = tokenizer.stream(after=self.ids[: self.fed])
+        text = str(self.stream.push(token))
+        if is_last:
+            text += str(self.stream.flush())
+            self.stream = None
+        return text
+
+    def took(self, text: str, told: tuple[float, int] | None, after: Expectation | None) -> None:
+        """The next id was fed."""
+        self.told[self.fed :] = [told]
+        self.texts.append(text)
+        self.expected = after
+        self.fed += 1
+
     def cut(self, length: int) -> None:
         """Forget the ids from `length` on; what came after them is no longer known."""
         if length < self.fed:
@@ -110,56 +145,24 @@ class Lane:
         self.expected = source.expected if position == source.fed else None
 
 
-# --- prompts --------------------------------------------------------------------------------------
+def policies_of(expression: str, routers: Sequence[Router], dtype: str) -> tuple[RouterPolicy, ...]:
+    """The policy of each router under `expression`; refuses what edits the wiring."""
+    from moescope import variants
+
+    policies = []
+    for router in routers:
+        spec = variants.apply(expression, router.spec, router.layer).resolved(dtype)
+        for name in (item.name for item in fields(spec.wiring)):
+            if getattr(router.spec.wiring, name) != getattr(spec.wiring, name):
+                raise MoescopeError(
+                    f"{expression}: {name}: expected a field of the router's policy, found "
+                    "one that rewires the decoder",
+                    hint="moescope variants, for the fields a running model can change",
+                    code=ExitCode.USAGE,
+                )
+        policies.append(spec.policy)
+    return tuple(policies)
 
 
-def prompt_of(tokenizer: Any, request: Generate) -> tuple[list[int], Messages | None]:
-    """The ids a new sequence begins with, and its messages where it is a chat."""
-    if request.prompt_ids is not None:
-        return list(request.prompt_ids), None
-    if tokenizer is None:
-        raise MoescopeError("this model has no tokenizer", hint="--prompt-ids 1,2,3")
-    if request.messages is not None:
-        return rendered(tokenizer, request.messages), request.messages
-    return list(tokenizer.encode(request.prompt)), None
-
-
-def further(
-    tokenizer: Any, lane: Lane, request: Generate, end_ids: Sequence[int]
-) -> tuple[list[int], Messages | None]:
-    """All ids of `lane` with a further turn. A chat is rendered as a whole, so ids may change.
-
-    Of the messages, those after the last answer are new: each lane has an answer of its own.
-    """
-    if request.messages is None:
-        if request.prompt_ids is not None:
-            return [*lane.ids, *request.prompt_ids], None
-        if not request.prompt:
-            return list(lane.ids), None
-        if tokenizer is None:
-            raise MoescopeError("this model has no tokenizer", hint="--prompt-ids 1,2,3")
-        return [*lane.ids, *tokenizer.encode(request.prompt, special_tokens=False)], None
-    if not lane.turns or lane.turns[-1].messages is None:
-        raise MoescopeError("the sequence is raw text, not a chat", hint="a new chat, or raw text")
-    answer = lane.ids[lane.start :]
-    if answer and answer[-1] in end_ids:
-        answer = answer[:-1]
-    answers = [i for i, (role, _) in enumerate(request.messages) if role == "assistant"]
-    fresh = request.messages[answers[-1] + 1 :] if answers else request.messages
-    messages = (*lane.turns[-1].messages, ("assistant", tokenizer.decode(answer)), *fresh)
-    return rendered(tokenizer, messages), messages
-
-
-def rendered(tokenizer: Any, messages: Messages) -> list[int]:
-    """A chat as ids. The template writes its own special tokens, so none are added."""
-    if tokenizer is None or not tokenizer.has_chat_template:
-        raise MoescopeError("this model has no chat template", hint="raw text (--prompt)")
-    listed = [{"role": role, "content": text} for role, text in messages]
-    return list(tokenizer.encode(tokenizer.render_chat(listed), special_tokens=False))
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for index, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return index
-    return min(len(a), len(b))
+def letter(lane: int) -> str:
+    return chr(ord("A") + lane) if 0 <= lane < MAX_LANES else str(lane)

@@ -9,32 +9,32 @@ its commands. No processes and no files here: frames and events go to the writer
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.engine import sampling
-from moescope.engine.interpreter import Router, StepOutput
-from moescope.engine.lane import Lane, Turn, common_prefix, further, prompt_of
+from moescope.engine.framing import frame_of
+from moescope.engine.interpreter import StepOutput
+from moescope.engine.lane import Lane, letter, policies_of
+from moescope.engine.prompts import check_ids, common_prefix, further, prompt_of
 from moescope.engine.protocol import (
     MAX_LANES,
     Event,
     Finished,
     Generate,
     LaneChanged,
-    Loading,
-    LoadRequest,
     Note,
     Prompted,
 )
 from moescope.engine.recording import Recorder
 from moescope.engine.sampling import Expectation
-from moescope.errors import ExitCode, MoescopeError
+from moescope.errors import MoescopeError
 from moescope.kernels.spec import RouterPolicy
-from moescope.trace.frames import DECODE, PREFILL, Frame, RecordLevel, TraceEvent
+from moescope.trace.frames import Frame, RecordLevel, TraceEvent
 
 CHUNK = 128  # tokens of a prompt fed at once: pause, stop and progress wait no longer than that
 LOGITS_BYTES = 96 << 20  # next-token logits of one chunk, which a large vocabulary makes the limit
@@ -168,7 +168,7 @@ class Session:
             self._continue(request, force_ids)
             return
         ids, messages = prompt_of(self.tokenizer, request)
-        self._check_ids([*ids, *force_ids], len(ids))
+        self._check([*ids, *force_ids])
         self.stop()
         self._reserve_for(len(ids), len(force_ids), request)
         self.sequence += 1
@@ -237,7 +237,6 @@ class Session:
             if lane.index == 0 and after is not None:
                 first[position] = after
             frame = self._frame(lane, output, (row, column), after, first.get(position))
-            lane.expected = after
             frames.append(frame)
             self._note(self.recorder.frame(frame))
             if not routed:
@@ -256,37 +255,30 @@ class Session:
         after: Expectation | None,
         first: Expectation | None,
     ) -> Frame:
+        """The frame of the lane's next id, which then counts as fed."""
         position, token = lane.fed, lane.ids[lane.fed]
-        before = lane.expected
-        told = (before.logprob(token), before.rank(token)) if before is not None else None
-        if told is None and position < len(lane.told):
-            told = lane.told[position]
-        lane.told[position:] = [told]
         lane.like_first = lane.like_first and self._same_as_first(position, token)
-        kl, agrees = None, None
-        if lane.index != 0 and lane.like_first and first is not None and after is not None:
-            kl = sampling.divergence(first, after)
-            agrees = bool(first.logits.argmax() == after.logits.argmax())
-        text = self._text(lane, token)
-        lane.texts.append(text)
-        lane.fed += 1
-        alternatives = after.likeliest() if after is not None else ()
-        self._meet((token, *(i for i, _ in alternatives)))
-        return Frame(
+        compared = first if lane.index and lane.like_first else None
+        told = lane.told_of(token)
+        frame = frame_of(
+            lane,
+            output,
+            at,
             sequence=self.sequence,
-            lane=lane.index,
-            position=position,
-            token_id=token,
-            text=text,
-            phase=PREFILL if lane.is_prompt(position) else DECODE,
-            variant=lane.expression,
-            logprob=told[0] if told else None,
-            rank=told[1] if told else None,
-            alternatives=alternatives,
-            kl=kl,
-            top1_agrees=agrees,
-            **_decisions(output, at, self.record),
+            record=self.record,
+            told=told,
+            text=lane.say(self.tokenizer, token, self._is_last(lane)),
+            after=after,
+            first=compared,
         )
+        lane.took(frame.text, told, after)
+        self._meet((token, *(i for i, _ in frame.alternatives)))
+        return frame
+
+    def _is_last(self, lane: Lane) -> bool:
+        """Whether the lane's next id is the end of its answer."""
+        last = lane.fed + 1 == len(lane.ids) and lane.fed >= lane.start
+        return last and bool(lane.ending(self._end_ids, self.context))
 
     def _go_on(self, lane: Lane) -> None:
         """After everything given was fed: draw the next token, or finish the lane."""
@@ -345,7 +337,7 @@ class Session:
         plans = []
         for lane in self.lanes.values():
             ids, messages = further(self.tokenizer, lane, request, self._end_ids)
-            self._check_ids([*ids, *force_ids], len(ids))
+            self._check([*ids, *force_ids])
             plans.append((lane, ids, messages))
         longest = max(len(ids) for _, ids, _ in plans)
         self._reserve_for(longest, len(force_ids), request)
@@ -377,11 +369,7 @@ class Session:
         request: Generate,
     ) -> None:
         """Make ids [begin, end) of `lane` its newest prompt and set it running."""
-        kept = [Turn(t.begin, min(t.end, begin), t.messages) for t in lane.turns if t.begin < begin]
-        lane.turns = (*kept, Turn(begin, end, messages))
-        lane.ids = ids
-        lane.forced_until = len(ids) if len(ids) > end else 0
-        lane.sampling, lane.reason = request.sampling, ""
+        lane.begin(ids, begin, end, messages, request.sampling)
         self._compare_ids(lane)
         self._go_on(lane)
 
@@ -394,11 +382,10 @@ class Session:
         note: str,
         request: Generate,
     ) -> None:
-        chosen = request.sampling
         data: dict[str, Any] = {
             "sequence": self.sequence,
             "prompt_ids": list(ids),
-            "sampling": {field.name: getattr(chosen, field.name) for field in fields(chosen)},
+            "sampling": asdict(request.sampling),
         }
         if note:
             data["note"] = note
@@ -408,21 +395,8 @@ class Session:
         pieces = tuple(piece(i) for i in ids)
         self._events.append(Prompted(self.sequence, ids, pieces, note, lane, position))
 
-    def _check_ids(self, ids: Sequence[int], prompt: int) -> None:
-        size = self.interpreter.vocab_size
-        if not prompt:
-            raise MoescopeError("the prompt is empty: expected at least one token")
-        for index, token in enumerate(ids):
-            if not 0 <= token < size:
-                raise MoescopeError(
-                    f"token {index} of the prompt: expected an id from 0 to {size - 1}, "
-                    f"found {token}"
-                )
-        if len(ids) > self.context:
-            raise MoescopeError(
-                f"the prompt has {len(ids)} tokens: expected at most {self.context}",
-                hint="a shorter prompt, or a larger --max-context",
-            )
+    def _check(self, ids: Sequence[int]) -> None:
+        check_ids(ids, self.interpreter.vocab_size, self.context)
 
     # --- small things -----------------------------------------------------------------------------
 
@@ -464,19 +438,6 @@ class Session:
         first = self.lanes.get(0)
         lane.like_first = first is not None and first.ids[: lane.fed] == lane.ids[: lane.fed]
 
-    def _text(self, lane: Lane, token: int) -> str:
-        """What `token` adds to the lane's text; the last token brings what was held back."""
-        if self.tokenizer is None:
-            return ""
-        if lane.stream is None:
-            lane.stream = self.tokenizer.stream(after=lane.ids[: lane.fed])
-        text = str(lane.stream.push(token))
-        last = lane.fed + 1 == len(lane.ids)
-        if last and lane.fed >= lane.start and lane.ending(self._end_ids, self.context):
-            text += str(lane.stream.flush())
-            lane.stream = None
-        return text
-
     def _meet(self, ids: Sequence[int]) -> None:
         if self.tokenizer is None:
             return
@@ -504,62 +465,3 @@ class Session:
     def _note(self, note: Note | None) -> None:
         if note is not None:
             self._events.append(note)
-
-
-def open_model(request: LoadRequest, progress: Callable[[Loading], None]) -> tuple[Any, Any]:
-    """Load what `request` names: a `LoadedModel`, and its tokenizer. A model without a tokenizer
-    that can be used has None and a note: prompts are ids then."""
-    from moescope.engine.load import load_model
-    from moescope.engine.tokenizer import Tokenizer
-
-    model = load_model(request, progress)
-    progress(Loading("tokenizer", 0, 0))
-    notes = list(model.facts.get("notes", []))
-    tokenizer = None
-    try:
-        tokenizer = Tokenizer.open(model.checkpoint, model.interpreter.vocab_size)
-        notes += tokenizer.notes
-    except MoescopeError as error:
-        notes.append(error.message)
-    model.facts["notes"] = notes
-    model.facts["has_chat_template"] = tokenizer is not None and tokenizer.has_chat_template
-    source = tokenizer.chat_template_source if tokenizer is not None else ""
-    model.facts["chat_template_source"] = source
-    return model, tokenizer
-
-
-def _decisions(output: StepOutput, at: tuple[int, int], record: RecordLevel) -> dict[str, Any]:
-    """The router decisions of one token, copied out of the batch."""
-    always = ("expert_ids", "score_sum", "mass", "entropy", "margin", "runner_up")
-    found = {name: getattr(output, name)[at].copy() for name in always}
-    if record != "ids":
-        for name in ("weights", "scores"):
-            values = getattr(output, name)
-            found[name] = None if values is None else values[at].copy()
-    if record == "logits" and output.router_logits is not None:
-        found["logits"] = output.router_logits[at].copy()
-    return found
-
-
-def policies_of(expression: str, routers: Sequence[Router], dtype: str) -> tuple[RouterPolicy, ...]:
-    """The policy of each router under `expression`; refuses what edits the wiring."""
-    from moescope import variants
-
-    policies = []
-    for router in routers:
-        spec = variants.apply(expression, router.spec, router.layer).resolved(dtype)
-        for field in fields(spec.wiring):
-            was, now = getattr(router.spec.wiring, field.name), getattr(spec.wiring, field.name)
-            if was != now:
-                raise MoescopeError(
-                    f"{expression}: {field.name}: expected a field of the router's policy, found "
-                    "one that rewires the decoder",
-                    hint="moescope variants, for the fields a running model can change",
-                    code=ExitCode.USAGE,
-                )
-        policies.append(spec.policy)
-    return tuple(policies)
-
-
-def letter(lane: int) -> str:
-    return chr(ord("A") + lane) if 0 <= lane < MAX_LANES else str(lane)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from moescope import reports
 from moescope.engine import recording
+from moescope.engine.failures import failure, out_of_memory
 from moescope.engine.mailbox import Inbox, Outbox
 from moescope.engine.protocol import (
     AddLane,
@@ -40,9 +41,8 @@ from moescope.engine.protocol import (
     Stop,
 )
 from moescope.errors import ExitCode, MoescopeError
-from moescope.safety import single_line
 
-LOADER = "moescope.engine.session:open_model"  # (request, progress) -> model, tokenizer
+LOADER = "moescope.engine.opening:open_model"  # (request, progress) -> model, tokenizer
 CREDIT = "credit"  # the one word on the pipe that is no command: the newest frames were read
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -115,12 +115,12 @@ def serve(
     except Gone:
         pass
     except BaseException as error:
-        failed = failure(error, engine)
+        failed = failure(error, engine.token if engine else None)
     if engine is not None:
         try:
             engine.end()
         except BaseException as error:
-            failed = failed or failure(error, engine)
+            failed = failed or failure(error, engine.token if engine else None)
     if failed is not None:
         outbox.put(failed)
 
@@ -185,6 +185,11 @@ class Engine:
             return "prefill"
         return "running" if self.active else "paused"
 
+    @property
+    def token(self) -> int:
+        """The position that is computed next, of the lane that is furthest."""
+        return max((f.position for f in self.session.newest.values()), default=-1) + 1
+
     def run(self) -> None:
         """Until `Close`, or until nobody is there."""
         while True:
@@ -209,7 +214,7 @@ class Engine:
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            failed = failure(error, self)
+            failed = failure(error, self.token)
             self.outbox.put(Failed(failed.message, failed.hint, failed.code, fatal=False))
 
     def advance(self) -> None:
@@ -277,51 +282,6 @@ class Rate:
             return 0.0
         span = self._seen[-1][0] - self._seen[0][0]
         return sum(tokens for _, tokens in list(self._seen)[1:]) / span if span > 0 else 0.0
-
-
-# --- what went wrong ------------------------------------------------------------------------------
-
-
-def failure(error: BaseException, engine: Engine | None) -> Failed:
-    """An error in words. What nobody foresaw goes into a report, without its message."""
-    if isinstance(error, MoescopeError):
-        return Failed(error.message, error.hint, int(error.code))
-    where = ""
-    if engine is not None:
-        frames = engine.session.newest.values()
-        where = f" at token {max((f.position for f in frames), default=-1) + 1}; the trace is saved"
-    if out_of_memory(error):
-        return Failed(
-            f"out of memory{where}",
-            "a smaller --max-context, --dtype bfloat16, or fewer lanes",
-            int(ExitCode.RESOURCES),
-        )
-    if device_lost(error):
-        return Failed(
-            f"the device was lost{where}", "open the model again", int(ExitCode.RESOURCES)
-        )
-    path = reports.write(error, ["engine"])
-    report = f"; a report is in {single_line(str(path))}" if path else ""
-    return Failed(
-        f"a bug of ours: {single_line(type(error).__name__, 80)}{where}{report}",
-        "send the report to the project",
-        int(ExitCode.BUG),
-    )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Also torch's, which is its own type on a GPU and a plain RuntimeError on the CPU."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error).lower()
-    signs = ("can't allocate memory", "out of memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
-
-
-def device_lost(error: BaseException) -> bool:
-    text = str(error).lower()
-    accelerator = type(error).__name__ == "AcceleratorError"
-    return accelerator or (isinstance(error, RuntimeError) and "cuda error" in text)
 
 
 def new_log() -> str:

@@ -9,8 +9,9 @@ import pytest
 
 from moescope import variants
 from moescope.engine import link
+from moescope.engine.opening import open_model
 from moescope.engine.protocol import Failed, Finished, Generate, LoadRequest, Sampling
-from moescope.engine.session import Session, open_model
+from moescope.engine.session import Session
 from moescope.kernels import compare, route
 from moescope.kernels.spec import Routing
 from moescope.trace.frames import Frame

@@ -1,0 +1,62 @@
+"""One token of a step's output as a `Frame`. Pure: reads a lane, changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moescope.engine import sampling
+from moescope.engine.interpreter import StepOutput
+from moescope.engine.lane import Lane
+from moescope.engine.sampling import Expectation
+from moescope.trace.frames import DECODE, PREFILL, Frame, RecordLevel
+
+
+def frame_of(
+    lane: Lane,
+    output: StepOutput,
+    at: tuple[int, int],
+    *,
+    sequence: int,
+    record: RecordLevel,
+    told: tuple[float, int] | None,
+    text: str,
+    after: Expectation | None,
+    first: Expectation | None,
+) -> Frame:
+    """The frame of the id `lane` is fed next. `at` is its row and column in `output`; `told` is
+    the log probability and rank of the id, `after` what the model expects after it (None: nothing
+    finite), `first` what lane 0 expects after the same
+    ids, where the two are to be compared."""
+    position, token = lane.fed, lane.ids[lane.fed]
+    kl, agrees = None, None
+    if first is not None and after is not None:
+        kl = sampling.divergence(first, after)
+        agrees = bool(first.logits.argmax() == after.logits.argmax())
+    return Frame(
+        sequence=sequence,
+        lane=lane.index,
+        position=position,
+        token_id=token,
+        text=text,
+        phase=PREFILL if lane.is_prompt(position) else DECODE,
+        variant=lane.expression,
+        logprob=told[0] if told else None,
+        rank=told[1] if told else None,
+        alternatives=after.likeliest() if after is not None else (),
+        kl=kl,
+        top1_agrees=agrees,
+        **_decisions(output, at, record),
+    )
+
+
+def _decisions(output: StepOutput, at: tuple[int, int], record: RecordLevel) -> dict[str, Any]:
+    """The router decisions of one token, copied out of the batch."""
+    always = ("expert_ids", "score_sum", "mass", "entropy", "margin", "runner_up")
+    found = {name: getattr(output, name)[at].copy() for name in always}
+    if record != "ids":
+        for name in ("weights", "scores"):
+            values = getattr(output, name)
+            found[name] = None if values is None else values[at].copy()
+    if record == "logits" and output.router_logits is not None:
+        found["logits"] = output.router_logits[at].copy()
+    return found
