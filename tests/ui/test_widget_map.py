@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.color import Color
 
 from moescope.ui.panels import MapData
+from moescope.ui.ramp import build
 from moescope.ui.widgets.expert_map import ExpertMap
+from moescope.ui.widgets.map_cells import ABSENT, MapBrush
 from moescope.ui.widgets.map_layout import RULER, Layout, plan, ruler
 from tests.ui.drawing import lines, map_data, staged, watch_refresh
 
@@ -228,6 +232,16 @@ async def test_nothing_yet_and_no_routers() -> None:
         widget.show(map_data(0, 0, 0))
         await pilot.pause()
         assert lines(widget)[0].startswith(ExpertMap.EMPTY)
+
+
+@pytest.mark.parametrize("depth", ["truecolor", "16", "none"])
+@given(st.lists(st.sampled_from([*range(64), ABSENT]), min_size=1, max_size=140))
+def test_runs_of_cells_are_the_cells(depth: Any, codes: list[int]) -> None:
+    ink, paper = Color.parse("#e0e0e0"), Color.parse("#121212")
+    brush = MapBrush(build(depth, True, ink, paper), compare=True)
+    drawn = brush.cells(np.array(codes, np.uint8), 0, 1, 1)
+    one_by_one = [(char, part.style) for part in drawn for char in part.text]
+    assert one_by_one == [brush._narrow_tile(code) for code in codes]
 
 
 sizes = st.tuples(st.integers(1, 220), st.integers(1, 70))
