@@ -19,10 +19,12 @@ from moescope.errors import MoescopeError
 from moescope.safety import single_line
 from moescope.trace import checks
 from moescope.trace.chunk import ChunkStrings, frames_of
-from moescope.trace.columns import ColumnError, checksum, unpack
+from moescope.trace.columns import COLUMN_BYTES, ColumnError, checksum, unpack
 from moescope.trace.fields import ARRAYS, FLAGS, SCALARS, SHADOW, SHADOW_FIELDS, Columns
 from moescope.trace.frames import Frame
 
+CHUNK_BYTES = 4 * COLUMN_BYTES  # one chunk, expanded
+STRINGS_BYTES = 4 << 20  # the texts of 256 tokens
 CACHE_BYTES = 96 << 20  # of expanded chunks
 BASE = ("flags", "shape", "strings", "variant", *(name for name, _ in SCALARS))
 ALTERNATIVES = ("alternatives", "alternatives.ids", "alternatives.logprobs")
@@ -169,15 +171,17 @@ class Chunks:
         marks = ",".join("?" * len(names))
         query = f"SELECT name, n, crc, b FROM chunk WHERE first = ? AND name IN ({marks})"
         columns: Columns = {}
+        left = COLUMN_BYTES
         for name, count, crc, blob in self._select(query, (chunk.first, *names)):
             if not isinstance(blob, bytes) or name not in names or count != chunk.count:
                 raise ColumnError("holds another kind of value")
             if crc != checksum(name, chunk.first, count, blob):
                 raise ColumnError("checksum differs")
             try:
-                columns[name] = unpack(blob)
+                columns[name] = unpack(blob, STRINGS_BYTES if name == "strings" else left)
             except ColumnError as error:
                 raise ColumnError(f"{name} {error}") from error
+            left = min(left, CHUNK_BYTES - sum(column.nbytes for column in columns.values()))
         for name in REQUIRED.intersection(names) - set(columns):
             raise ColumnError(f"{name} is missing")
         return columns

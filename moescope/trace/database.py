@@ -139,7 +139,7 @@ def _check_identity(db: sqlite3.Connection, path: Path) -> None:
 
 COPIED_WITHOUT_WAL = (
     "this copy was made while recording, and the -wal file beside it is missing",
-    "copy the -wal file too, or copy again when the recording has ended",
+    "copy the -wal file too, or: moescope convert TRACE COPY.moetrace (also while recording)",
 )
 
 

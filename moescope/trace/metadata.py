@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import LIMITS, single_line
+from moescope.trace.columns import COLUMN_BYTES, ColumnError, unpack
 from moescope.trace.fields import ARRAYS
 from moescope.trace.frames import RouterInfo, TraceEvent, TraceMeta
 
 VERSION = 1
+TENSOR_BYTES = 256 << 20  # all learned vectors of all routers, expanded
 MAX_ROUTERS = 2 * LIMITS.layers
 CHOICES: dict[str, tuple[str, ...]] = {
     "record": ("ids", "weights", "logits"),
@@ -167,7 +170,25 @@ def event_from_json(kind: str, data: Any, path: object) -> tuple[TraceEvent, int
     return event, fields.integer("at", 0, 2**62, 0)
 
 
-def classes_by_router_count(meta: TraceMeta) -> dict[int, np.ndarray[Any, np.dtype[np.int64]]]:
+def unpack_tensors(
+    packed: Iterable[tuple[str, str, bytes]], path: object
+) -> dict[int, dict[str, NDArray[Any]]]:
+    """`router_tensors` from (router, name, packed array), as far as memory should go."""
+    tensors: dict[int, dict[str, NDArray[Any]]] = {}
+    left = TENSOR_BYTES
+    for router, name, blob in packed:
+        if not (router.isascii() and router.isdigit() and len(router) < 6):
+            raise trace_error(path, f"router_tensors: expected a router, found {_short(router)}")
+        try:
+            array = unpack(blob, min(left, COLUMN_BYTES))
+        except ColumnError as error:
+            raise trace_error(path, f"router_tensors: {_short(name)} {error}") from error
+        left -= array.nbytes
+        tensors.setdefault(int(router), {})[name] = array
+    return tensors
+
+
+def classes_by_router_count(meta: TraceMeta) -> dict[int, NDArray[np.int64]]:
     """How many expert classes each router of a frame has, by the number of routers in the frame.
 
     A frame of a comparison of two models has the routers of its own model; where both have as many,

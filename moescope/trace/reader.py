@@ -23,7 +23,7 @@ from moescope.safety import LIMITS, single_line
 from moescope.trace import database, lanes, lock
 from moescope.trace.chunk import columns_of
 from moescope.trace.chunks import Chunk, Chunks
-from moescope.trace.columns import ColumnError, checksum, unpack
+from moescope.trace.columns import ColumnError, checksum
 from moescope.trace.fields import parse_json
 from moescope.trace.frames import Frame, TraceEvent, TraceMeta
 from moescope.trace.metadata import (
@@ -31,6 +31,7 @@ from moescope.trace.metadata import (
     event_from_json,
     from_json,
     trace_error,
+    unpack_tensors,
 )
 from moescope.trace.record import frame_of
 from moescope.trace.writer import CHUNK_FRAMES, meta_checksum
@@ -231,7 +232,7 @@ class TraceReader:
             deadline.restart()
             try:
                 yield db
-            except database.READ_ERRORS as error:
+            except (*database.READ_ERRORS, OSError) as error:
                 raise self._damaged(error) from error
             finally:
                 if self._live and self.complete:
@@ -243,6 +244,9 @@ class TraceReader:
             self._connection = None
 
     def _damaged(self, error: Exception) -> MoescopeError:
+        if getattr(error, "sqlite_errorname", "") == "SQLITE_CANTOPEN":
+            message = "cannot be opened: to read a recording that did not end, its folder must be"
+            return trace_error(self.path, f"{message} writable")
         if "interrupted" in str(error):
             return trace_error(self.path, "reading takes longer than any trace of moescope does")
         return trace_error(self.path, f"the file is damaged ({single_line(str(error), 120)})")
@@ -283,20 +287,14 @@ class TraceReader:
         except ColumnError as error:
             raise trace_error(self.path, f"{what} {error}") from error
 
-    def _tensors(self, rows: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        tensors: dict[int, dict[str, Any]] = {}
+    def _tensors(self, rows: dict[str, Any]) -> dict[int, dict[str, NDArray[Any]]]:
+        packed = []
         for key, value in rows.items():
-            kind, _, rest = key.partition("/")
-            if kind != "tensor":
-                continue
-            router, _, name = rest.partition("/")
-            try:
-                index = int(router)
-                array = unpack(value)
-            except ValueError as error:
-                raise trace_error(self.path, f"{single_line(key, 80)}: {error}") from error
-            tensors.setdefault(index, {})[name] = array
-        return tensors
+            kind, _, place = key.partition("/")
+            if kind == "tensor" and isinstance(value, bytes):
+                router, _, name = place.partition("/")
+                packed.append((router, name, value))
+        return unpack_tensors(packed, self.path)
 
     def _compare_with_closed(self) -> None:
         closed = self._closed if isinstance(self._closed, dict) else {}
@@ -321,13 +319,14 @@ class TraceReader:
 
     def _read_chunks(self, db: sqlite3.Connection) -> None:
         chunks, before = self._chunks, self._chunks.end
+        most = self.path.stat().st_size  # frames that can be missing: none takes less than a byte
         query = "SELECT first, n FROM chunk WHERE name = 'flags' AND first >= ? ORDER BY first"
         for first, count in db.execute(query, (before,)):
             fits = isinstance(first, int) and isinstance(count, int)
             if not fits or not 1 <= count <= CHUNK_FRAMES:
                 self.problems.append("a chunk with an impossible place was skipped")
                 continue
-            if not chunks.end <= first <= LIMITS.import_rows:
+            if not chunks.end <= first <= chunks.end + most:
                 self.problems.append("a chunk with an impossible place was skipped")
                 continue
             if first > chunks.end:

@@ -226,6 +226,10 @@ class TraceWriter:
             self._fail(failure)
         except (sqlite3.Error, OSError, MemoryError) as error:
             self._fail(self._stopped(_reason(error)))
+        except Exception as error:  # ours; an engine that waits for this thread shall not hang
+            words = single_line(f"{type(error).__name__}: {error}", 200)
+            message = f"{self._shown}: recording stopped: {words}"
+            self._fail(MoescopeError(message, code=ExitCode.BUG))
         finally:
             self._db.close()
             os.close(self._descriptor)

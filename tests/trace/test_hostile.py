@@ -375,6 +375,29 @@ def test_forged_meta_names_the_field(
     assert caught.value.message.isprintable()
 
 
+def test_vectors_that_expand_too_far_are_refused(tmp_path: Path) -> None:
+    zeros = np.zeros(15 << 20, np.float32)  # 60 MiB, some 250 kB stored
+    path = tmp_path / "x.moetrace"
+    tensors = {router: {"correction_bias": zeros} for router in range(5)}
+    TraceWriter(path, a_meta(router_tensors=tensors)).close()
+    assert path.stat().st_size < 3_000_000
+    with pytest.raises(MoescopeError, match="router_tensors: 'correction_bias' declares"):
+        TraceReader.open(path)
+
+
+def test_frames_that_a_file_cannot_hold_are_not_counted(finished: Path, tmp_path: Path) -> None:
+    path = edited(
+        finished, tmp_path / "x.moetrace", f"UPDATE chunk SET first = {2**40} WHERE first = {CHUNK}"
+    )
+    with TraceReader.open(path) as reader:
+        assert reader.count == CHUNK and len(reader.keys()) == CHUNK
+        assert "impossible place" in reader.problems[0]
+    gap = f"UPDATE chunk SET first = first + 5 WHERE first = {CHUNK}"
+    with TraceReader.open(edited(finished, tmp_path / "y.moetrace", gap)) as reader:
+        assert len(list(reader.frames())) == CHUNK and reader.count == 65
+        assert "chunk at frame 40: is missing; 5 frames skipped" in reader.problems
+
+
 def test_nothing_but_reading_our_tables_is_allowed(finished: Path) -> None:
     db, _ = database.open_reading(finished, immutable=True)
     for statement in (

@@ -133,6 +133,22 @@ def test_prefill_is_acknowledged_in_groups_and_decode_at_once(tmp_path: Path) ->
         assert writer.acknowledged == 4
 
 
+def test_a_bug_in_the_writer_ends_the_recording_and_hangs_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("moescope.trace.writer.columns_of", broken)
+    writer = TraceWriter(tmp_path / "x.moetrace", a_meta())
+    with pytest.raises(MoescopeError, match="ZeroDivisionError: oops") as caught:
+        for position in range(5000):
+            writer.append(a_frame(position))
+    assert caught.value.code == ExitCode.BUG
+    writer.close()
+    assert len(readable(tmp_path / "x.moetrace")) == writer.acknowledged >= 256
+
+
 def test_closing_twice_and_writing_after_it(tmp_path: Path) -> None:
     writer = TraceWriter(tmp_path / "x.moetrace", a_meta(), durable=True)
     writer.append(a_frame())

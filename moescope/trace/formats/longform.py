@@ -8,11 +8,10 @@ object); their files are beside this one. Rows become frames again in `assemble.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterator
 from typing import Any
 
-from moescope.trace.columns import ColumnError, pack, unpack
+from moescope.trace.columns import pack
 from moescope.trace.formats.source import Source
 from moescope.trace.frames import Frame, RouterInfo, TraceMeta
 from moescope.trace.metadata import (
@@ -22,6 +21,7 @@ from moescope.trace.metadata import (
     router_groups,
     to_json,
     trace_error,
+    unpack_tensors,
 )
 
 Row = dict[str, Any]  # the columns of one row that are there; lists for lists
@@ -82,14 +82,17 @@ def read_header(data: Any, path: object) -> Source:
         if not isinstance(kind, str):
             raise trace_error(path, "moescope_meta: events: expected a kind")
         placed.append(event_from_json(kind, event, path))
+    meta.router_tensors.update(unpack_tensors(_packed(tensors, path), path))
+    return Source(meta, placed, iter(()))
+
+
+def _packed(tensors: dict[str, Any], path: object) -> Iterator[tuple[str, str, bytes]]:
     try:
         for router, arrays in tensors.items():
-            meta.router_tensors[int(router)] = {
-                name: unpack(base64.b64decode(text, validate=True)) for name, text in arrays.items()
-            }
-    except (ColumnError, ValueError, binascii.Error, AttributeError, TypeError) as error:
+            for name, text in arrays.items():
+                yield router, name, base64.b64decode(text, validate=True)
+    except (ValueError, AttributeError, TypeError) as error:
         raise trace_error(path, "moescope_meta: router_tensors: expected arrays") from error
-    return Source(meta, placed, iter(()))
 
 
 # --- frames to rows -------------------------------------------------------------------------------
