@@ -10,9 +10,10 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/variants.md", "docs/traces.md")
+PAGES = ("README.md", "docs/keys.md", "docs/variants.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -35,20 +36,37 @@ def families() -> str:
 
 def conformance() -> str:
     document = json.loads((ROOT / "tests/oracle/conformance.json").read_text())
-    rows: dict[str, list[dict[str, float]]] = {}
+    rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in document["rows"]:
-        rows.setdefault(row["family"], []).append(row)
+        case = row["case"].split("-")[0]
+        rows.setdefault(case, {}).setdefault(row["kind"], []).append(row)
     return table(
-        ("family", "runs compared", "largest weight difference", "largest logit difference"),
         (
-            (f"`{family}`", str(len(runs)), *(_worst(runs, key) for key in ("weights", "logits")))
-            for family, runs in rows.items()
+            "family",
+            "runs of 24 tokens",
+            "largest weight difference",
+            "largest logit difference",
+            "fields turned, all seen",
+            "layouts, all equal",
+            "bfloat16: same sets in clear rows",
+        ),
+        (
+            (
+                f"`{family}`",
+                str(len(kinds["float32"])),
+                f"{_most(kinds['float32'], 'largest_weight_difference'):.1e}",
+                f"{_most(kinds['float32'], 'largest_logit_difference'):.1e}",
+                str(len(kinds["mutant"])),
+                str(len(kinds["layout"])),
+                f"{100 * min(row['same_sets'] for row in kinds['bfloat16']):.1f} %",
+            )
+            for family, kinds in rows.items()
         ),
     )
 
 
-def _worst(runs: list[dict[str, float]], key: str) -> str:
-    return f"{max(run['largest'][key] for run in runs):.1e}"  # type: ignore[index]
+def _most(rows: list[dict[str, Any]], key: str) -> float:
+    return max(row[key] for row in rows)
 
 
 def variants() -> str:
@@ -60,16 +78,47 @@ def variants() -> str:
     )
 
 
-def key_table() -> str:
+FIRST_KEYS = (
+    *("pause", "step", "back", "layer_up", "layer_down", "pick_left", "pick_right", "token_back"),
+    *(
+        "token_on",
+        "inspect",
+        "shown_next",
+        "generate_A",
+        "add_variant",
+        "compare",
+        "zoom_in",
+        "tint",
+    ),
+    *("export", "open", "prompt", "help", "quit"),
+)
+
+
+def all_keys() -> str:
     from moescope.ui import keys
 
+    return _key_table((*keys.MAIN, *keys.APP))
+
+
+def first_keys() -> str:
+    from moescope.ui import keys
+
+    return _key_table(key for key in (*keys.MAIN, *keys.APP) if key.id in FIRST_KEYS)
+
+
+def _key_table(keys: Iterable[Any]) -> str:
     rows: dict[str, str] = {}
-    for key in (*keys.MAIN, *keys.APP):
+    for key in keys:
         if key.id.startswith("generate_") and key.id != "generate_A":
             continue
         shown = key.shown or key.keys.split(",")[0]
-        label = "Generate with that variant" if key.id == "generate_A" else key.label
-        rows["A … H" if key.id == "generate_A" else shown] = f"{label}. {key.tip}".strip()
+        shown = {"left": "←", "right": "→", "shift+left": "shift+←", "shift+right": "shift+→"}.get(
+            shown, shown
+        )
+        if key.id == "generate_A":
+            rows["A … H"] = "Generate with that variant, from the next token on."
+        else:
+            rows[shown] = f"{key.label}. {key.tip}".strip()
     return table(("key", "does"), ((f"`{key}`", text) for key, text in rows.items()))
 
 
@@ -77,7 +126,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "conformance": conformance,
     "variants": variants,
-    "keys": key_table,
+    "keys": all_keys,
+    "first_keys": first_keys,
 }
 
 

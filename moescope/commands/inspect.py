@@ -14,7 +14,7 @@ PRINTED_APART = ("layers", "notes", "router_fields")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, or org/name")
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, org/name, or demo")
     options.add_json(parser)
 
 
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from moescope.engine.checkpoint import Checkpoint
     from moescope.engine.describe import describe
 
-    with Checkpoint.open(args.model, weights=False) as checkpoint:
+    with Checkpoint.open(options.model_of(args.model), weights=False) as checkpoint:
         facts = describe(checkpoint)
     if args.json:
         options.print_json(facts)

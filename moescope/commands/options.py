@@ -16,7 +16,7 @@ def add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> Non
         "model",
         metavar="MODEL",
         nargs="?" if optional else None,
-        help="a checkpoint folder, or org/name from the local hub cache",
+        help="a checkpoint folder, org/name from the local hub cache, or demo",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mlx"))
     parser.add_argument(
@@ -165,15 +165,20 @@ def _messages(path: Path, system: str | None) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+def model_of(name: str | None) -> str:
+    """The path or hub name of a model; `demo`, or none at all, is the embedded one."""
+    if name is None or (name == "demo" and not Path(name).exists()):
+        from moescope.demo import CHECKPOINT
+
+        return str(CHECKPOINT)
+    return name
+
+
 def request_of(args: argparse.Namespace, **more: Any) -> Any:
     from moescope.engine.protocol import LoadRequest
 
-    if args.model is None:
-        from moescope.demo import CHECKPOINT
-
-        args.model = str(CHECKPOINT)
     return LoadRequest(
-        model=args.model,
+        model=model_of(args.model),
         device=args.device,
         dtype=args.dtype,
         max_context=args.max_context,

@@ -15,7 +15,9 @@ from moescope.commands import options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a checkpoint folder")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a checkpoint folder, org/name, or demo"
+    )
     options.add_json(parser)
 
 
@@ -43,7 +45,7 @@ def _first_router(model: str) -> Any:
     from moescope.engine import families
     from moescope.engine.checkpoint import Checkpoint
 
-    with Checkpoint.open(model, weights=False) as checkpoint:
+    with Checkpoint.open(options.model_of(model), weights=False) as checkpoint:
         return families.build(checkpoint.config).routers()[0][2]
 
 

@@ -1,0 +1,28 @@
+"""The generated tables of the pages are what the code says today."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+assert _spec is not None and _spec.loader is not None
+tables = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tables)
+
+
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_the_tables_are_up_to_date(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert tables.filled(text) == text, "run: python docs/tables.py"
+
+
+def test_files_named_in_the_readme_exist() -> None:
+    import re
+
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
