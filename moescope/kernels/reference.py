@@ -130,7 +130,7 @@ def select(raw: NDArray[Any], spec: RouterSpec, bias: F64 | None) -> Selection:
             with_bias = round_to(z + b, "float32")
             biased = with_bias if by_logit else _score_all(with_bias, excluded, p)[1]
     biased = np.where(excluded, -np.inf, biased)
-    values, group_scores = _limit_groups(biased, excluded, p)
+    values, group_scores = _limit_groups(biased, p)
     if spec.wiring.hash_table:
         valid = finite & (excluded.sum(1) <= spec.E - spec.K)
     else:
@@ -161,9 +161,7 @@ def _score(z: F64, func: str) -> F64:
     return np.sqrt(np.maximum(z, 0.0) + np.log1p(small))  # sqrtsoftplus
 
 
-def _limit_groups(
-    biased: F64, excluded: NDArray[np.bool_], p: RouterPolicy
-) -> tuple[F64, F64 | None]:
+def _limit_groups(biased: F64, p: RouterPolicy) -> tuple[F64, F64 | None]:
     """Mask all but the best `topk_group` groups (ties to the lower group). DeepSeek-V2 and V3."""
     if p.n_group == 1 or p.topk_group == p.n_group:
         return biased, None
@@ -180,7 +178,7 @@ def _limit_groups(
     np.put_along_axis(admissible, best, True, axis=1)
     fill = -np.inf if p.group_mask_fill == "-inf" else 0.0
     masked = np.where(admissible[:, :, None], grouped, fill).reshape(T, E)
-    return np.where(excluded, -np.inf, masked), group_scores
+    return np.where(np.isneginf(biased), -np.inf, masked), group_scores
 
 
 def _biased_dtype(p: RouterPolicy) -> str:

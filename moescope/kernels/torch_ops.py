@@ -140,7 +140,7 @@ def _route_any(
         valid &= excluded.sum(-1) <= E - K
         margin, runner_up = raw.new_full((len(raw),), _NAN), ids.new_full((len(raw),), -1)
     else:
-        values = _limit_groups(biased, excluded, p)
+        values = _limit_groups(biased, p)
         ranked, order = _sort(values, p.tie_break == "higher_id")
         ids = order[:, :K]
         valid &= (biased < torch.inf).all(-1) & (ranked[:, K - 1] > -torch.inf)
@@ -180,7 +180,7 @@ def _score(z: Tensor, func: str) -> Tensor:
     return torch.sqrt(torch.clamp(z, min=0.0) + torch.log1p(torch.exp(-z.abs())))
 
 
-def _limit_groups(biased: Tensor, excluded: Tensor, p: RouterPolicy) -> Tensor:
+def _limit_groups(biased: Tensor, p: RouterPolicy) -> Tensor:
     if p.n_group == 1 or p.topk_group == p.n_group:
         return biased
     grouped = biased.reshape(len(biased), p.n_group, -1)
@@ -192,7 +192,7 @@ def _limit_groups(biased: Tensor, excluded: Tensor, p: RouterPolicy) -> Tensor:
     masked = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
     fill = -torch.inf if p.group_mask_fill == "-inf" else 0.0
     values = grouped.masked_fill(masked.unsqueeze(-1), fill).flatten(-2)
-    return values.masked_fill(excluded, -torch.inf)
+    return values.masked_fill(biased == -torch.inf, -torch.inf)
 
 
 def _biased_dtype(p: RouterPolicy) -> str:

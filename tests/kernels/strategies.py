@@ -134,6 +134,9 @@ def cases(draw: st.DrawFn, sizes: tuple[int, ...] = SIZES) -> Case:
     bias = (offset + 0.3 * rng.normal(size=E)).astype(np.float32)
     if draw(st.booleans()):
         bias = np.round(bias * 4) / 4
+    if draw(st.integers(0, 9)) == 0:  # a bias that was never loaded, or that bars an expert
+        bars = spec.policy.correction_bias == "score" and draw(st.booleans())
+        bias[rng.integers(0, E)] = -np.inf if bars else np.nan
     table = np.stack([rng.permutation(E)[:K] for _ in range(7)])
     return Case(
         spec,

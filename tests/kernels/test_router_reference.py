@@ -21,6 +21,16 @@ def spec_of(E: int, K: int, **policy: object) -> RouterSpec:
     return RouterSpec(RouterPolicy(K, **policy), RouterWiring(E, combine_dtype="float32"))
 
 
+def routed(logits: np.ndarray, spec: RouterSpec, backend: str, **inputs: np.ndarray) -> Routing:
+    """Through either kernel, numpy in."""
+    if backend == "torch":
+        import torch
+
+        inputs = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        return route(torch.from_numpy(logits), spec, backend=backend, **inputs)
+    return route(logits, spec, **inputs)
+
+
 def routed_by_hand(case: Case) -> Routing:
     """All rows of a case through the second router, as a Routing."""
     K = case.spec.K
@@ -95,6 +105,19 @@ def test_a_row_that_is_not_finite_is_invalid_and_its_neighbours_are_not(bad: flo
     np.testing.assert_allclose(result.score_sum[[0, 2]], 1, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("site", ["score", "logit"])
+def test_a_correction_bias_that_is_not_a_number_invalidates_every_row(
+    backend: str, site: str
+) -> None:
+    spec = spec_of(8, 2, scoring_func="sigmoid", correction_bias=site)
+    x, bias = np.zeros((3, 8), np.float32), np.zeros(8, np.float32)
+    bias[3] = np.nan
+    result = routed(x, spec, backend, correction_bias=bias)
+    assert np.asarray(result.expert_ids).tolist() == [[-1, -1]] * 3
+    assert np.isnan(np.asarray(result.score_sum)).all()
+
+
 def test_minus_infinity_excludes_an_expert_and_too_many_make_the_row_invalid() -> None:
     x = np.full((2, 6), -np.inf, np.float32)
     x[0, [1, 4]] = -300.0, -500.0  # the second underflows to score 0 and is chosen all the same
@@ -153,16 +176,19 @@ def test_softmax_of_huge_and_sigmoid_of_very_negative_logits_stay_finite() -> No
     np.testing.assert_allclose(result.weights, 0.5)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize(
     ("mode", "eps", "expected"),
     [("add", 0.0, math.nan), ("add", 1e-20, 0.0), ("clamp", 1e-12, 0.0), ("uniform", 0.0, 0.5)],
 )
-def test_what_is_left_when_every_score_underflows(mode: str, eps: float, expected: float) -> None:
+def test_what_is_left_when_every_score_underflows(
+    mode: str, eps: float, expected: float, backend: str
+) -> None:
     spec = spec_of(
         4, 2, scoring_func="sigmoid", norm_topk_prob=True, norm_eps=eps, norm_eps_mode=mode
     )
-    result = route(np.full((1, 4), -1000.0, np.float32), spec)
-    np.testing.assert_array_equal(result.weights, [[expected, expected]])
+    result = routed(np.full((1, 4), -1000.0, np.float32), spec, backend)
+    np.testing.assert_array_equal(np.asarray(result.weights), [[expected, expected]])
 
 
 # --- metamorphic ----------------------------------------------------------------------------------
