@@ -7,11 +7,25 @@ A slot is one tensor as the interpreters want it; `parts` are what it is stacked
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
-from moescope.engine.decoder import MLP, Attention, Branch, DecoderSpec, MoE, Norm, Operator
+from moescope.engine.decoder import (
+    MLA,
+    MLP,
+    Attention,
+    Branch,
+    DecoderSpec,
+    LinearAttention,
+    MoE,
+    Norm,
+    Operator,
+    Pass,
+    RoutedAttention,
+    ShortConv,
+    StateSpace,
+)
 
 Shape = tuple[int, ...]
 
@@ -59,7 +73,7 @@ def count_active(spec: DecoderSpec) -> int:
     chosen = {
         f"layers.{number}.{branch.name}.": branch.operator.router
         for number, branch in spec.operators()
-        if isinstance(branch.operator, MoE)
+        if isinstance(branch.operator, MoE | RoutedAttention)
     }
     total = 0
     for slot in slots(spec):
@@ -99,15 +113,35 @@ def _of_operator(operator: Operator) -> Iterator[Slot]:
             yield from _of_mlp(operator, "")
         case MoE():
             yield from _of_moe(operator)
-        case _:
-            raise NotImplementedError(type(operator).__name__)
+        case MLA():
+            yield from _of_mla(operator)
+        case LinearAttention():
+            yield from _of_linear_attention(operator)
+        case StateSpace():
+            yield from _of_state_space(operator)
+        case ShortConv():
+            yield from _of_short_conv(operator)
+        case RoutedAttention():
+            yield from _of_routed_attention(operator)
+        case Pass():
+            pass
+
+
+_GATE_ROWS: dict[str, Callable[[Attention], int]] = {
+    "sigmoid": lambda a: a.head_dim,
+    "sigmoid_per_head": lambda a: 1,
+    "softplus_per_head": lambda a: 1,
+}
 
 
 def _of_attention(a: Attention) -> Iterator[Slot]:
     keys = a.kv_heads * a.head_dim
     values = a.kv_heads * (a.v_head_dim or a.head_dim)
-    queries = a.heads * a.head_dim
-    rows = (("q_proj", queries), ("k_proj", keys), ("v_proj", values))
+    queries = a.heads * a.head_dim * (2 if a.gate == "in_q_proj" else 1)
+    values = 0 if a.keys_are_values else values
+    rows = tuple(
+        row for row in (("q_proj", queries), ("k_proj", keys), ("v_proj", values)) if row[1]
+    )
     wide = "num_attention_heads and num_key_value_heads × head_dim"
     for kind, wanted, shape in (
         ("weight", True, (queries + keys + values, a.hidden)),
@@ -119,6 +153,11 @@ def _of_attention(a: Attention) -> Iterator[Slot]:
     if a.qk_norm is not None:
         yield _norm_weight("q_norm", a.qk_norm)
         yield _norm_weight("k_norm", a.kv_norm or a.qk_norm)
+    if a.sinks:
+        yield _plain("sinks", (a.heads,), "num_attention_heads")
+    if a.gate in _GATE_ROWS:
+        gates = a.heads * _GATE_ROWS[a.gate](a)
+        yield _plain("gate_proj.weight", (gates, a.hidden), "gate rows", "hidden_size")
     out = a.heads * (a.v_head_dim or a.head_dim)
     yield _plain("o_proj.weight", (a.hidden, out), "hidden_size", "num_attention_heads × head_dim")
     if a.out_bias:
@@ -142,6 +181,8 @@ def _of_moe(m: MoE) -> Iterator[Slot]:
     wiring, experts = m.router.wiring, m.experts
     classes = wiring.num_experts + wiring.num_null_experts
     yield _plain("gate.weight", (classes, m.hidden), "num_experts", "hidden_size")
+    if wiring.router_input == "residual_rms_scaled":
+        yield _plain("gate.scale", (m.hidden,), "hidden_size")
     if wiring.gate_bias:
         yield _plain("gate.bias", (classes,), "num_experts")
     if m.router.policy.correction_bias != "none":
@@ -171,6 +212,72 @@ def _of_moe(m: MoE) -> Iterator[Slot]:
             yield _plain("shared_expert_gate.weight", (1, m.hidden), "one", "hidden_size")
     if m.output_bias:
         yield _plain("output_bias", (m.hidden,), "hidden_size")
+
+
+def _of_mla(m: MLA) -> Iterator[Slot]:
+    wide = m.heads * (m.nope_dim + m.rope_dim)
+    if m.q_lora_rank:
+        yield _plain("q_a_proj.weight", (m.q_lora_rank, m.hidden), "q_lora_rank", "hidden_size")
+        if m.q_latent_norm is not None:
+            yield _norm_weight("q_a_norm", m.q_latent_norm)
+        yield _plain("q_b_proj.weight", (wide, m.q_lora_rank), "query rows", "q_lora_rank")
+    else:
+        yield _plain("q_proj.weight", (wide, m.hidden), "query rows", "hidden_size")
+    latent = m.kv_lora_rank + m.rope_dim
+    yield _plain("kv_a_proj.weight", (latent, m.hidden), "kv_lora_rank and rope", "hidden_size")
+    if m.latent_norm is not None:
+        yield _norm_weight("kv_a_norm", m.latent_norm)
+    expanded = m.heads * (m.nope_dim + m.v_dim)
+    yield _plain("kv_b_proj.weight", (expanded, m.kv_lora_rank), "key rows", "kv_lora_rank")
+    yield _plain("o_proj.weight", (m.hidden, m.heads * m.v_dim), "hidden_size", "value columns")
+
+
+def _of_linear_attention(a: LinearAttention) -> Iterator[Slot]:
+    if a.kind != "gated_delta":
+        raise NotImplementedError(a.kind)
+    keys, values = a.key_heads * a.key_dim, a.value_heads * a.value_dim
+    channels = 2 * keys + values
+    yield _plain("in_proj_qkvz.weight", (channels + values, a.hidden), "qkvz rows", "hidden_size")
+    yield _plain("in_proj_ba.weight", (2 * a.value_heads, a.hidden), "value heads", "hidden_size")
+    yield _plain("conv.weight", (channels, a.conv_kernel), "qkv rows", "conv kernel")
+    yield _plain("A_log", (a.value_heads,), "value heads")
+    yield _plain("dt_bias", (a.value_heads,), "value heads")
+    yield _norm_weight("norm", a.out_norm)
+    yield _plain("out_proj.weight", (a.hidden, values), "hidden_size", "value columns")
+
+
+def _of_state_space(m: StateSpace) -> Iterator[Slot]:
+    if m.kind != "mamba2":
+        raise NotImplementedError(m.kind)
+    channels = m.inner + 2 * m.groups * m.state_size
+    rows = m.inner + channels + m.heads
+    yield _plain("in_proj.weight", (rows, m.hidden), "inner rows", "hidden_size")
+    yield _plain("conv.weight", (channels, m.conv_kernel), "channels", "conv kernel")
+    if m.conv_bias:
+        yield _plain("conv.bias", (channels,), "channels")
+    for name in ("A_log", "D", "dt_bias"):
+        yield _plain(name, (m.heads,), "heads")
+    if m.gated_norm is not None:
+        yield _norm_weight("norm", m.gated_norm)
+    yield _plain("out_proj.weight", (m.hidden, m.inner), "hidden_size", "inner columns")
+
+
+def _of_short_conv(c: ShortConv) -> Iterator[Slot]:
+    yield _plain("in_proj.weight", (3 * c.hidden, c.hidden), "rows", "hidden_size")
+    yield _plain("conv.weight", (c.hidden, c.kernel), "hidden_size", "conv kernel")
+    yield _plain("out_proj.weight", (c.hidden, c.hidden), "hidden_size", "hidden_size")
+
+
+def _of_routed_attention(a: RoutedAttention) -> Iterator[Slot]:
+    experts, width = a.router.wiring.num_experts, a.kv_heads * a.head_dim
+    yield _plain("gate.weight", (experts, a.hidden), "num_experts", "hidden_size")
+    yield _plain("kv_proj.weight", (2 * width, a.hidden), "key rows", "hidden_size")
+    says = ("num_experts", "query rows", "hidden_size")
+    queries, out = (experts, width, a.hidden), (experts, a.hidden, width)
+    yield Slot("experts.queries", queries, (("queries", width),), says, per_expert=True)
+    yield Slot("experts.out", out, (("out", a.hidden),), (says[0], *says[:0:-1]), per_expert=True)
+    if a.output_bias:
+        yield _plain("output_bias", (a.hidden,), "hidden_size")
 
 
 def _plain(name: str, shape: Shape, *says: str) -> Slot:

@@ -76,6 +76,7 @@ _ONLY: dict[type, dict[str, tuple[Any, ...]]] = {
         "hidden": (),
     },
     MoE: {"output_bias": ()},
+    RouterPolicy: {"correction_bias": (), "per_expert_scale": ()},
     RouterWiring: {
         "router_input": ("normed", "residual"),
         "null_expert_kind": ("none", "skip"),
@@ -139,7 +140,7 @@ class TorchDecoder:
                         run = ops.TorchMoE(moe, weights, path, index)
                         index += 1
                     case other:
-                        raise _unsupported(type(other).__name__, "operator", "this one")
+                        raise AssertionError(f"{type(other).__name__} should have been refused")
                 pre = _norm(branch.pre_norm, weights, f"{path}.pre_norm")
                 post = _norm(branch.post_norm, weights, f"{path}.post_norm")
                 steps.append((pre, run, post, branch))
@@ -380,6 +381,8 @@ def _keeps_state(run: Any) -> bool:
 def refuse_unsupported(value: Any) -> None:
     """Raise a MoescopeError for the first thing in a spec that this interpreter does not do."""
     only = _ONLY.get(type(value), {})
+    if isinstance(value, Branch) and not isinstance(value.operator, Attention | MLP | MoE):
+        raise _unsupported("Branch", "operator", type(value.operator).__name__)
     if isinstance(value, Attention) and value.rope and value.rope.dims != value.head_dim:
         raise _unsupported("Rope", "dims", value.rope.dims)
     for f in fields(value):
