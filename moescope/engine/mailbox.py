@@ -75,7 +75,8 @@ class Outbox:
             if self._newest is not None and self._newest.pieces:
                 event = replace(event, pieces=(*self._newest.pieces, *event.pieces))
             self._newest = event
-            self._changed.notify_all()
+            if self._may_send_newest:  # else the sender would wake for nothing, once a token
+                self._changed.notify_all()
 
     def credit(self) -> None:
         """The reader has seen the newest frames: others may follow."""

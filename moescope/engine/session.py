@@ -136,6 +136,7 @@ class Session:
             self.interpreter.truncate(index, 0)
         self.interpreter.set_policies(index, policies)
         self.lanes[index] = lane
+        self._used.add(index)
         self._compare_ids(lane)
         self._changed(lane, "fork" if fork_of is not None else "variant", fork_of=fork_of)
         if fork_of is not None:

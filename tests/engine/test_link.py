@@ -194,6 +194,22 @@ def test_a_killed_engine_is_told_and_its_tokens_are_kept(tmp_path: Path) -> None
         assert reader.count >= newest.recorded
 
 
+def test_an_engine_ignores_ctrl_c_and_commits_when_it_is_terminated(tmp_path: Path) -> None:
+    path = tmp_path / "run.moetrace"
+    talk = open_link("child", "fake:slow", path)
+    talk.kind(Loaded)
+    talk.link.send(Generate(PROMPT, sampling=ENDLESS))
+    talk.until(lambda e: isinstance(e, Newest) and e.recorded > 30)
+    pid = talk.link.pid  # type: ignore[attr-defined]
+    os.kill(pid, signal.SIGINT)
+    talk.until(lambda e: isinstance(e, Newest) and e.recorded > 60)
+    os.kill(pid, signal.SIGTERM)
+    failed = talk.kind(Failed)
+    assert isinstance(failed, Failed) and failed.message == "the engine ended by itself with code 0"
+    assert not path.with_name(path.name + "-wal").exists(), "committed and folded"
+    talk.link.close()
+
+
 @pytest.mark.parametrize(
     ("model", "code", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,16 @@ def test_a_turn_equals_the_conversation_in_one_prompt(olmoe: Path) -> None:
     prompt = tuple(chat.lanes[0].prompt_ids)
     list(whole.generate(Generate(prompt_ids=prompt, sampling=CHAT.sampling)))
     assert whole.lanes[0].ids == chat.lanes[0].ids
+
+
+def test_a_checkpoint_without_a_tokenizer_takes_ids(olmoe: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(olmoe, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    model, tokenizer = open_model(LoadRequest(str(bare), device="cpu"), lambda _: None)
+    assert tokenizer is None and model.facts["has_chat_template"] is False
+    assert any("tokenizer.json" in note for note in model.facts["notes"])
+    bare_ids = list(Session(model).generate(Generate(prompt_ids=(1, 2, 3))))
+    assert bare_ids[0].text == "" and len(bare_ids) > 3
 
 
 def test_the_engine_in_a_child_writes_what_the_one_in_process_does(
