@@ -16,6 +16,7 @@ import threading
 import time
 import zlib
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ class TraceWriter:
         force: bool = False,
     ) -> None:
         self.path = Path(path)
-        self.meta = meta
+        self.meta = replace(meta, prompt_ids=None) if meta.redacted else meta
         self.limit_bytes = limit_bytes
         self._shown = single_line(str(path))
         self._redact = meta.redacted

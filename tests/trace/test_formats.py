@@ -132,6 +132,29 @@ def test_other_tools_read_the_long_form(tmp_path: Path) -> None:
     assert np.float32(rows[5]["score_sum"]) == a_frame(1).score_sum[1]
 
 
+def test_a_recording_can_be_saved_while_it_runs(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "a.moetrace", a_meta()) as writer:
+        for position in range(270):
+            writer.append(a_frame(position))
+        writer.flush()
+        for form in ("moetrace", "jsonl"):
+            assert convert(tmp_path / "a.moetrace", tmp_path / f"b.{form}")["frames"] == 270
+        writer.append(a_frame(270))
+    assert not differences(readable(tmp_path / "b.moetrace")[269], a_frame(269))
+    assert len(readable(tmp_path / "a.moetrace")) == 271
+
+
+@pytest.mark.parametrize("form", LONG)
+def test_a_trace_without_tokens_stays_one(tmp_path: Path, form: str) -> None:
+    TraceWriter(tmp_path / "a.moetrace", a_meta()).close()
+    convert(tmp_path / "a.moetrace", tmp_path / f"b.{form}")
+    assert convert(tmp_path / f"b.{form}", tmp_path / "c.moetrace")["frames"] == 0
+    with TraceReader.open(tmp_path / "c.moetrace") as reader:
+        assert (reader.count, reader.lanes, list(reader.frames())) == (0, (), [])
+        assert reader.column("score_sum").size == 0 and reader.find(0, 0) is None
+        assert reader.meta.routers == a_meta().routers
+
+
 # --- text -----------------------------------------------------------------------------------------
 
 PAYLOADS = [

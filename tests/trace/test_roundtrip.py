@@ -188,7 +188,7 @@ def test_meta_and_events_travel(tmp_path: Path) -> None:
 def test_redaction_leaves_no_token_behind(tmp_path: Path) -> None:
     path = tmp_path / "quiet.moetrace"
     canary = "canary-4242"
-    with TraceWriter(path, a_meta(redacted=True)) as writer:
+    with TraceWriter(path, a_meta(redacted=True, prompt_ids=(4242, 4242))) as writer:
         writer.event(TraceEvent("prompt", {"text": canary, "ids": [4242]}))
         writer.event(TraceEvent("pieces", {"pieces": {"4242": canary}}))
         writer.event(TraceEvent("turn", {"text": canary, "tokens": 1}))
@@ -203,6 +203,7 @@ def test_redaction_leaves_no_token_behind(tmp_path: Path) -> None:
         assert reader.events()[0].data == {"tokens": 1}
         frame = reader.frame(7)
         assert (frame.token_id, frame.text, frame.alternatives) == (-1, "", ())
+        assert reader.meta.prompt_ids is None
 
 
 def test_frames_that_do_not_fit_together_are_our_own_mistake(tmp_path: Path) -> None:

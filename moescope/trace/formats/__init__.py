@@ -15,6 +15,7 @@ from typing import Any
 
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import single_line
+from moescope.trace.database import wal_path
 from moescope.trace.formats import csvform, jsonl, native, parquet
 from moescope.trace.formats.source import Source
 from moescope.trace.frames import Frame
@@ -93,6 +94,9 @@ class _Counted:
 
 def detect(path: Path) -> str:
     """The format of a file, by its content. Raises `MoescopeError` (TRACE) where none fits."""
+    if wal_path(path).exists():
+        # Being recorded: to open and close it here would take away SQLite's locks in this process.
+        return "moetrace"
     try:
         with path.open("rb") as file:
             start = file.read(START_BYTES)
