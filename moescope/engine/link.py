@@ -33,6 +33,7 @@ from moescope.engine.protocol import (
 )
 from moescope.engine.recording import PrivateRun, new_private_run
 from moescope.errors import ExitCode, MoescopeError
+from moescope.safety import single_line
 from moescope.trace.frames import TraceMeta
 
 LAST_WORDS = 1.0  # seconds between asking a child to end, telling it, and killing it
@@ -162,7 +163,7 @@ def _receive(connection: Connection) -> Event:
 
 def _died(code: int | None, log: str) -> Failed:
     """How a child ended that was not asked to. It follows the failure the child told, if any."""
-    hint = f"open the model again; its log is {log}" if log else "open the model again"
+    hint = "open the model again" + (f"; its log is {single_line(log)}" if log else "")
     if code is not None and code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else ""
         message = f"the engine died: signal {-code} {name}".rstrip()

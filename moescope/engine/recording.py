@@ -238,11 +238,13 @@ def new_private_run() -> PrivateRun:
             return PrivateRun(path, _hold(_lock_path(path)))
     except OSError as error:
         raise MoescopeError(
-            f"{runs}: cannot be written: {error.strerror}",
+            f"{single_line(str(runs))}: cannot be written: {error.strerror}",
             hint="MOESCOPE_STATE=another/folder, or -o FILE",
             code=ExitCode.OUTPUT,
         ) from None
-    raise MoescopeError(f"{runs}: no free name for a recording", code=ExitCode.OUTPUT)
+    raise MoescopeError(
+        f"{single_line(str(runs))}: no free name for a recording", code=ExitCode.OUTPUT
+    )
 
 
 def recoverable() -> list[Unsaved]:
