@@ -61,6 +61,9 @@ class MemoryTrace:
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
         yield from self._frames[max(start, 0) : stop]
 
+    def numbered(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Frame]]:
+        return enumerate(self.frames(start, stop), start=max(start, 0))
+
     def column(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         frames = self._frames[max(start, 0) : stop]
         return lanes.joined(name, [(len(frames), lanes.column_of_frames(name, frames))])
@@ -69,7 +72,7 @@ class MemoryTrace:
         return [event for event, _ in self._events]
 
     def placed_events(self) -> list[tuple[TraceEvent, int]]:
-        return list(self._events)
+        return self._events
 
     def pieces(self) -> dict[int, str]:
         return lanes.pieces(self.events())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -117,16 +117,25 @@ class TraceReader:
         raise trace_error(self.path, f"frame {index} cannot be read")
 
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
-        """Frames `start` to `stop`, without the damaged ones."""
+        """Frames `start` to `stop`, without the damaged ones: see `numbered`."""
+        return (frame for _, frame in self.numbered(start, stop))
+
+    def numbered(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Frame]]:
+        """Frames `start` to `stop` with their indices, which jump where frames are damaged."""
         stop = self.count if stop is None else min(stop, self.count)
         at = max(start, 0)
         while at < stop:
             with self._guard:
+                batch: Sequence[Frame | None]
                 if at < self._chunks.end:
-                    batch, at = self._chunks.frames(at, stop)
+                    batch, end = self._chunks.frames(at, stop)
                 else:
-                    batch, at = self._tail_frames(at, stop), stop
-            yield from batch
+                    low, high = at - self._chunks.end, stop - self._chunks.end
+                    batch, end = self._tail[low:high], stop
+            for index, frame in enumerate(batch, start=at):
+                if frame is not None:
+                    yield index, frame
+            at = end
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """One field of frames `start` to `stop` as an array [n, ...], one row a frame.
@@ -153,8 +162,8 @@ class TraceReader:
         return [event for event, _ in self._events]
 
     def placed_events(self) -> list[tuple[TraceEvent, int]]:
-        """Events, each with the number of frames appended before it."""
-        return list(self._events)
+        """Events, each with the number of frames appended before it. Not to be changed."""
+        return self._events
 
     def pieces(self) -> dict[int, str]:
         """The text of every token id that a `pieces` event names."""
@@ -344,10 +353,6 @@ class TraceReader:
                 self.problems.append(f"frames {self.count} to {i - 1} are missing")
                 self._tail += [None] * (i - self.count)
             self._tail.append(self._tail_frame(i, crc, blob))
-
-    def _tail_frames(self, at: int, stop: int) -> list[Frame]:
-        low, high = at - self._chunks.end, stop - self._chunks.end
-        return [frame for frame in self._tail[low:high] if frame is not None]
 
     def _tail_frame(self, i: int, crc: Any, blob: Any) -> Frame | None:
         try:

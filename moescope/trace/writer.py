@@ -40,10 +40,11 @@ FREED_SHARE = 0.05  # of the limit, freed at once: not every chunk shall begin b
 
 
 class _Item(NamedTuple):
+    """A frame as a record, or an event as (kind, JSON)."""
+
     blob: bytes
     is_decode: bool
-    event: TraceEvent | None = None
-    at: int = 0
+    event: tuple[str, str] | None = None
 
 
 class TraceWriter:
@@ -77,6 +78,7 @@ class TraceWriter:
         self._appended = self._acknowledged = 0  # frames
         self._dropped_logits = 0
         self._failure: MoescopeError | None = None
+        self._told = False  # the failure was raised once
         self._closing = self._closed = False
         self._flushers = 0
         self._tail: list[bytes] = []  # records of the frames not yet in a chunk
@@ -97,10 +99,10 @@ class TraceWriter:
         self._appended += 1
 
     def event(self, event: TraceEvent) -> None:
-        """Queue an event; it keeps its place among the frames."""
+        """Queue an event; it keeps its place among the frames. TypeError if it is no JSON."""
         kept = redact_event(event) if self._redact else event
         if kept is not None:
-            self._put(_Item(b"", True, kept, self._appended))
+            self._put(_Item(b"", True, _event_row(kept, self._appended)))
 
     def flush(self) -> None:
         """Wait until everything appended so far is committed."""
@@ -131,11 +133,10 @@ class TraceWriter:
             return
         self._closed = True
         with self._changed:
-            told = self._failure is not None
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
-        if not told:
+        if not self._told:
             self._raise_failure()
 
     def __enter__(self) -> TraceWriter:
@@ -167,6 +168,7 @@ class TraceWriter:
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
+            self._told = True
             raise self._failure
 
     # --- opening ----------------------------------------------------------------------------------
@@ -260,12 +262,11 @@ class TraceWriter:
         rows = [
             (i, checksum("tail", i, 1, blob), blob) for i, blob in enumerate(frames, start=first)
         ]
-        events = [item for item in items if item.event is not None]
+        events = [item.event for item in items if item.event is not None]
         self._db.execute("BEGIN IMMEDIATE")
         self._db.executemany("INSERT INTO tail VALUES (?, ?, ?)", rows)
-        for number, item in enumerate(events, start=self._events):
-            assert item.event is not None
-            self._insert_event(number, item.event, item.at)
+        for number, event in enumerate(events, start=self._events):
+            self._insert_event(number, *event)
         self._db.execute("COMMIT")
         self._tail += frames
         self._tail_bytes += sum(map(len, frames))
@@ -275,10 +276,9 @@ class TraceWriter:
             self._done += len(items)
             self._changed.notify_all()
 
-    def _insert_event(self, number: int, event: TraceEvent, at: int) -> None:
-        text = json.dumps(event_to_json(event, at))
-        crc = checksum(f"event/{event.kind}", number, 1, text.encode())
-        self._db.execute("INSERT INTO event VALUES (?, ?, ?, ?)", (number, event.kind, text, crc))
+    def _insert_event(self, number: int, kind: str, text: str) -> None:
+        crc = checksum(f"event/{kind}", number, 1, text.encode())
+        self._db.execute("INSERT INTO event VALUES (?, ?, ?, ?)", (number, kind, text, crc))
 
     def _fold_tail(self) -> None:
         """Move the oldest of the tail into a chunk in one transaction."""
@@ -314,7 +314,7 @@ class TraceWriter:
         if dropped != self._dropped_logits:
             text = f"logits of the first {dropped:,} frames dropped to stay within the size limit"
             note = TraceEvent("note", {"text": text, "dropped_logits": dropped})
-            self._insert_event(self._events, note, self._chunked)
+            self._insert_event(self._events, *_event_row(note, self._chunked))
             self._events += 1
         self._db.execute("COMMIT")
         self._dropped_logits = dropped
@@ -357,6 +357,10 @@ class TraceWriter:
             database.fold_wal(self._db)
         except sqlite3.Error:
             pass  # the file stays as it is: readable, with its -wal
+
+
+def _event_row(event: TraceEvent, at: int) -> tuple[str, str]:
+    return event.kind, json.dumps(event_to_json(event, at))
 
 
 def _write_rows(db: sqlite3.Connection, rows: dict[str, Any]) -> None:

@@ -298,6 +298,7 @@ def test_a_lie_is_found_and_the_other_chunk_stays_readable(
     with TraceReader.open(path) as reader:
         frames = list(reader.frames())
         assert [frame.position for frame in frames] == list(range(CHUNK, 60))
+        assert [index for index, _ in reader.numbered(0, 50)] == list(range(CHUNK, 50))
         assert fault in reader.problems[0] and f"{CHUNK} frames skipped" in reader.problems[0]
         with pytest.raises(MoescopeError, match="frame 3 cannot be read"):
             reader.frame(3)

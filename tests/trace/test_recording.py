@@ -149,6 +149,20 @@ def test_a_bug_in_the_writer_ends_the_recording_and_hangs_nobody(
     assert len(readable(tmp_path / "x.moetrace")) == writer.acknowledged >= 256
 
 
+def test_a_failure_that_nobody_heard_of_is_told_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moescope.trace.writer.columns_of", full)
+    writer = TraceWriter(tmp_path / "x.moetrace", a_meta())
+    writer.append(a_frame())
+    with pytest.raises(MoescopeError, match="disk full: recording stopped at token 1"):
+        writer.close()
+    assert len(readable(tmp_path / "x.moetrace")) == 1
+
+
 def test_closing_twice_and_writing_after_it(tmp_path: Path) -> None:
     writer = TraceWriter(tmp_path / "x.moetrace", a_meta(), durable=True)
     writer.append(a_frame())
