@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from moescope.trace.frames import PREFILL
 from moescope.ui.history import History, Lane
 from moescope.ui.panels import LEVELS, TokenCell, TranscriptData
-from moescope.ui.routers import RouterTable, sums_wrong
-from moescope.ui.view import margin_unit
+from moescope.ui.routers import RouterTable, margin_ratio, margins_in_scores, rows_wrong
 
 Values = NDArray[np.floating[Any]]
 Measure = Callable[[RouterTable, Lane, int, int], Values]
@@ -29,13 +28,11 @@ def _sum(table: RouterTable, lane: Lane, router: int, start: int) -> Values:
 
 def _margin(table: RouterTable, lane: Lane, router: int, start: int) -> Values:
     """Bright is close: 1 at a tie, 0 where the next expert is half as good or worse."""
-    margins = lane.margin[start:, router]
-    if margin_unit(table, router) == "logit":
-        return 1 - (1 - np.exp(-margins)) * 2
-    lowest = np.nanmin(
-        np.where(lane.expert_ids[start:, router] >= 0, lane.scores[start:, router], np.inf), axis=1
-    )
-    return 1 - 2 * margins / np.where(np.isfinite(lowest) & (lowest != 0), np.abs(lowest), 1.0)
+    units = {name: margins_in_scores(table, name)[router] for name in set(lane.variants[start:])}
+    in_scores = np.array([units[name] for name in lane.variants[start:]], np.bool_)
+    chosen = lane.expert_ids[start:, router] >= 0
+    lowest = np.where(chosen, lane.scores[start:, router], np.inf).min(axis=1)
+    return 2 * margin_ratio(lane.margin[start:, router], in_scores, lowest) - 1
 
 
 def _entropy(table: RouterTable, lane: Lane, router: int, start: int) -> Values:
@@ -123,7 +120,7 @@ class Cells:
     ) -> None:
         start = len(self._cells)
         tinted = levels(tint, table, lane, router, start)
-        wrong = np.atleast_1d(sums_wrong(table, lane.score_sum[start:]).any(axis=1))
+        wrong = rows_wrong(table, lane, start)
         for row in range(start, lane.count):
             text, special = lane.texts[row], False
             if not text:

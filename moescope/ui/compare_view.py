@@ -13,7 +13,7 @@ from moescope.diagnosis.compare import Agreement, Comparison, Pairing, decisions
 from moescope.ui import view
 from moescope.ui.history import Lane
 from moescope.ui.panels import AgreementData, AgreementRow, MapData, PlotData
-from moescope.ui.routers import RouterTable, sums_wrong
+from moescope.ui.routers import RouterTable, as_generated, sums_wrong
 
 MODES = ("xor", "A", "B")
 TITLES = {
@@ -76,7 +76,7 @@ def difference_map(
         num_experts=table.num_experts,
         gutter=table.labels,
         score_sum=shown.score_sum[row],
-        sum_wrong=sums_wrong(table, shown.score_sum[row]),
+        sum_wrong=sums_wrong(table, as_generated(table, shown, row)),
         cursor=(cursor.router, cursor.expert),
         right=tuple(f"{n}/{k}" for n, k in zip(differ, now_a.sum(axis=1), strict=True)),
         title=TITLES[mode],

@@ -116,7 +116,7 @@ COMPARE = (
     Key("layer_up", "up,k", "layer(-1)", "Layer up", shown="↑"),
     Key("layer_down", "down,j", "layer(1)", "Layer down", shown="↓"),
     Key("swap", "x", "swap", "Swap", "The two lanes change sides.", True),
-    Key("other", "w", "other", "Other lane", "Which lane stands on the right.", True),
+    Key("other", "w", "other", "Other lane", "Which lane stands on the right."),
     Key("shape", "d", "mode", "A xor B", "Difference, A alone, B alone.", True, "d"),
     Key("add_lane", "plus", "add_lane", "Add lane", "A lane under any expression.", shown="+"),
     Key("follow", "f", "follow", "Follow", "Stay at the newest token."),

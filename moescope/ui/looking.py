@@ -74,7 +74,7 @@ class Looking:
 
     def _decide(self, lane: Lane, row: int, table: RouterTable) -> Decision:
         if self.shown is None:
-            return routers.as_generated(lane, row)
+            return routers.as_generated(table, lane, row)
         from moescope.variants import parse
 
         assert self.watch.history is not None

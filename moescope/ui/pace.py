@@ -5,9 +5,29 @@ Holds no timer; the screen's clock asks.
 
 from __future__ import annotations
 
+from collections import deque
+
 RATES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # tokens a second
 BASE = 8.0  # 1× of a replay
 FULL: float | None = None  # as fast as the engine goes
+
+
+class Meter:
+    """Tokens a second over the last moments, from counts that are looked at now and then."""
+
+    def __init__(self, seconds: float = 2.0) -> None:
+        self._seconds = seconds
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def rate(self, now: float, count: int) -> float:
+        """Note that there are `count` tokens at `now`; 0 until there is something to say."""
+        if self._seen and count < self._seen[-1][1]:
+            self._seen.clear()
+        self._seen.append((now, count))
+        while len(self._seen) > 2 and now - self._seen[1][0] >= self._seconds:
+            self._seen.popleft()
+        began, first = self._seen[0]
+        return (count - first) / (now - began) if now > began else 0.0
 
 
 class Pace:

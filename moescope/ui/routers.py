@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterSpec
+from moescope.safety import printable
 from moescope.trace.frames import TraceMeta
+from moescope.trace.measures import UNIT, sum_violations
 from moescope.ui.history import Lane
 
 TRAINED = "trained"
-SUM_TOLERANCE = 0.01  # bfloat16 weights: eight of them, each rounded to 3 digits
+NEAR_TIE = 0.01  # ranks K and K+1 within 1 %: a tie under another dtype or kernel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +34,7 @@ class RouterTable:
     top_k: NDArray[np.int16]  # [L]
     allowed: tuple[float | tuple[float, float] | None, ...]  # what the sums may be, as trained
     tensors: dict[int, dict[str, NDArray[np.float32]]]
+    dtype: str
     respecs: dict[str, tuple[RouterSpec, ...]] = field(default_factory=dict)
 
     @property
@@ -54,14 +58,18 @@ class Decision:
     entropy: NDArray[np.float32]  # [L] nats
     margin: NDArray[np.float32]  # [L]
     runner_up: NDArray[np.int16]  # [L]
+    in_scores: NDArray[np.bool_]  # [L] margins are of scores, not of logits
     basis: str  # "as generated" or "on the same logits: <variant>"
 
 
 def table_of(meta: TraceMeta) -> RouterTable:
-    """Read the specs of a trace's routers."""
+    """Read the specs of a trace's routers; raises MoescopeError where they mean nothing."""
     dtype = str(meta.engine.get("dtype", "float32"))
     dtype = dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
-    specs = tuple(RouterSpec.from_json(r.spec).resolved(dtype) for r in meta.routers)
+    try:
+        specs = tuple(RouterSpec.from_json(r.spec).resolved(dtype) for r in meta.routers)
+    except ValueError as error:
+        raise MoescopeError(f"router spec: {printable(str(error))}", code=ExitCode.TRACE) from None
     return RouterTable(
         specs=specs,
         labels=tuple(f"{r.layer:02d}{'a' if r.site == 'attention' else ''}" for r in meta.routers),
@@ -70,10 +78,11 @@ def table_of(meta: TraceMeta) -> RouterTable:
         top_k=np.array([r.num_experts_per_tok for r in meta.routers], np.int16),
         allowed=tuple(spec.allowed_score_sum() for spec in specs),
         tensors=meta.router_tensors,
+        dtype=dtype,
     )
 
 
-def as_generated(lane: Lane, row: int) -> Decision:
+def as_generated(table: RouterTable, lane: Lane, row: int) -> Decision:
     """The decision that was recorded for the token in `row`."""
     weights, scores = lane.weights[row], lane.scores[row]
     used = lane.expert_ids[row] >= 0
@@ -86,6 +95,7 @@ def as_generated(lane: Lane, row: int) -> Decision:
         entropy=lane.entropy[row],
         margin=lane.margin[row],
         runner_up=lane.runner_up[row],
+        in_scores=margins_in_scores(table, lane.variants[row]),
         basis="as generated",
     )
 
@@ -126,7 +136,8 @@ def reroute(
     for router, spec in enumerate(specs):
         groups.setdefault((spec, int(table.num_experts[router])), []).append(router)
     width = max(spec.policy.num_experts_per_tok for spec in specs)
-    decision = _nothing(table.count, width, f"on the same logits: {expression}")
+    basis = f"on the same logits: {expression}"
+    decision = _nothing(table.count, width, basis, margins_in_scores(table, expression))
     for (spec, experts), members in groups.items():
         vectors = _vectors(table, spec, members, token_id)
         routing = route(logits[members, :experts], spec, **vectors)
@@ -155,7 +166,9 @@ def _vectors(
     return found
 
 
-def _nothing(routers: int, width: int, basis: str) -> Decision:
+def _nothing(
+    routers: int, width: int, basis: str, in_scores: NDArray[np.bool_] | None = None
+) -> Decision:
     nan = np.full(routers, np.nan, np.float32)
     return Decision(
         expert_ids=np.full((routers, width), -1, np.int16),
@@ -166,6 +179,7 @@ def _nothing(routers: int, width: int, basis: str) -> Decision:
         entropy=nan.copy(),
         margin=nan.copy(),
         runner_up=np.full(routers, -1, np.int16),
+        in_scores=np.ones(routers, np.bool_) if in_scores is None else in_scores,
         basis=basis,
     )
 
@@ -175,28 +189,76 @@ def not_recorded(routers: int, basis: str) -> Decision:
     return replace(_nothing(routers, 1, basis), weights=None, scores=None)
 
 
-def sums_wrong(
+def sums_wrong(table: RouterTable, decision: Decision) -> NDArray[np.bool_]:
+    """Which routers' sums the trained spec does not allow: [L]."""
+    lowest_score = _lowest(decision.expert_ids, decision.scores)
+    ratio = margin_ratio(decision.margin, decision.in_scores, lowest_score)
+    tail = _lowest(decision.expert_ids, decision.weights) * ratio
+    return np.asarray(_wrong(table, decision.score_sum[None], tail[None])[0], np.bool_)
+
+
+def rows_wrong(table: RouterTable, lane: Lane, start: int) -> NDArray[np.bool_]:
+    """Which tokens from row `start` on hold a sum that the trained spec does not allow: [T]."""
+    ids, margins = lane.expert_ids[start:], lane.margin[start:]
+    if not len(ids):
+        return np.zeros(0, np.bool_)
+    units = {name: margins_in_scores(table, name) for name in set(lane.variants[start:])}
+    in_scores = np.stack([units[name] for name in lane.variants[start:]])
+    ratio = margin_ratio(margins, in_scores, _lowest(ids, lane.scores[start:]))
+    tail = _lowest(ids, lane.weights[start:]) * ratio
+    return np.asarray(_wrong(table, lane.score_sum[start:], tail).any(axis=1))
+
+
+def _wrong(
     table: RouterTable,
-    score_sum: NDArray[np.float32],  # [L] or [T, L]
+    score_sum: NDArray[np.float32],  # [T, L]
+    tail: NDArray[np.float32],  # [T, L] the least that the first expert not chosen would weigh
 ) -> NDArray[np.bool_]:
-    """Where a sum is not one the trained spec allows: not the demanded value where renormalised, at
-    or above the largest possible value where not (only a renormalised router gives exactly 1)."""
-    wrong = np.zeros(score_sum.shape, np.bool_)
+    """Sums outside what is allowed, and sums that are whole although the trained router leaves
+    out a share of them: where a saturated softmax gives all to the chosen, 1 is right."""
+    wrong = sum_violations(score_sum, table.allowed, dtype=table.dtype)
     for router, allowed in enumerate(table.allowed):
-        values = score_sum[..., router]
-        if allowed is None:
-            continue
-        with np.errstate(invalid="ignore"):
-            if isinstance(allowed, tuple):
-                low, high = allowed
-                everything = table.top_k[router] >= table.num_experts[router]
-                tolerance = 1e-4 * max(1.0, high)
-                wrong[..., router] = (values < low) | (
-                    values > high + tolerance if everything else values > high - tolerance
-                )
-            else:
-                wrong[..., router] = np.abs(values - allowed) > SUM_TOLERANCE * abs(allowed)
+        if isinstance(allowed, tuple) and np.isfinite(allowed[1]):
+            slack = max(1e-5, 4 * UNIT[table.dtype]) * max(allowed[1], 1.0)
+            whole = np.abs(score_sum[:, router] - allowed[1]) <= slack
+            missing = np.nan_to_num(tail[:, router], nan=np.inf) > 4 * slack
+            wrong[:, router] |= whole & missing
     return wrong
+
+
+def margin_ratio(
+    margin: NDArray[np.float32],
+    in_scores: NDArray[np.bool_],
+    lowest: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Score of the first expert not chosen over that of the last chosen one: 1 is a tie. Shapes
+    alike. NaN where that is not known."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        share = np.where(in_scores, 1 - margin / np.abs(lowest), np.exp(-margin))
+    return np.asarray(np.clip(share, 0.0, 1.0), np.float32)
+
+
+def margins_in_scores(table: RouterTable, expression: str) -> NDArray[np.bool_]:
+    """Whether routers under `expression` select by score; else their margins are of logits."""
+    try:
+        specs = specs_under(table, expression)
+    except MoescopeError:  # a variant this version does not know
+        specs = table.specs
+    return np.array([spec.policy.score_order == "score_then_topk" for spec in specs])
+
+
+def _lowest(ids: NDArray[np.int16], values: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """The smallest value among the picks; NaN where it was not recorded. [..., K] -> [...]."""
+    if values is None:
+        return np.full(ids.shape[:-1], np.nan, np.float32)
+    return np.asarray(np.where(ids >= 0, values, np.inf).min(axis=-1), np.float32)
+
+
+def near_ties(decision: Decision) -> NDArray[np.bool_]:
+    """Which routers nearly chose otherwise: the first expert not chosen within `NEAR_TIE`. [L]."""
+    lowest = _lowest(decision.expert_ids, decision.scores)
+    known = np.where(np.isfinite(lowest), lowest, 1.0).astype(np.float32)
+    return margin_ratio(decision.margin, decision.in_scores, known) > 1 - NEAR_TIE
 
 
 def expected_sum(allowed: float | tuple[float, float] | None) -> str:
@@ -204,7 +266,7 @@ def expected_sum(allowed: float | tuple[float, float] | None) -> str:
     if allowed is None:
         return ""
     if isinstance(allowed, tuple):
-        return f"below {allowed[1]:g}"
+        return f"below {allowed[1]:g}" if np.isfinite(allowed[1]) else ""
     return f"{allowed:g} by the spec"
 
 
@@ -225,7 +287,6 @@ def bar_variants(table: RouterTable) -> tuple[str, ...]:
 
 def _meaningful(table: RouterTable, name: str) -> tuple[RouterSpec, ...] | None:
     """The specs under `name`, None where it is meant for other routers."""
-    from moescope.errors import MoescopeError
     from moescope.variants import CATALOGUE, applicable
 
     try:

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from moescope.kernels.spec import RouterSpec
 from moescope.ui.history import Lane
-from moescope.ui.routers import Decision, RouterTable, sums_wrong
-from moescope.ui.view import near_ties
+from moescope.ui.routers import Decision, RouterTable, near_ties, sums_wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ SORTS: dict[str, Callable[[LayerRow], float]] = {
 
 def layer_rows(table: RouterTable, lane: Lane, row: int, decision: Decision) -> list[LayerRow]:
     """A row for every router, in order."""
-    wrong, close = sums_wrong(table, decision.score_sum), near_ties(table, decision)
+    wrong, close = sums_wrong(table, decision), near_ties(decision)
     before = lane.expert_ids[row - 1] if row > 0 else None
     rows = []
     for router in range(table.count):

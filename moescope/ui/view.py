@@ -29,7 +29,6 @@ from moescope.ui.panels import (
 from moescope.ui.routers import Decision, RouterTable
 
 WINDOW = 64
-NEAR_TIE = 0.01  # ranks K and K+1 within 1 %: a tie under another dtype or kernel
 LETTERS = "ABCDEFGH"
 # Upper ends of levels 1 to 6, in multiples of the fair share K/E; 0 is never used, 7 is above all.
 LOAD_STEPS = np.array([0.35, 0.75, 1.25, 2.0, 3.0, 4.5])
@@ -84,7 +83,7 @@ def map_data(
         num_experts=table.num_experts,
         gutter=table.labels,
         score_sum=decision.score_sum,
-        sum_wrong=routers.sums_wrong(table, decision.score_sum),
+        sum_wrong=routers.sums_wrong(table, decision),
         cursor=(cursor.router, cursor.expert),
     )
 
@@ -114,15 +113,15 @@ def layer_data(
     sums = lane.score_sum[max(0, row + 1 - WINDOW) : row + 1, at]
     sums = sums[np.isfinite(sums)]
     mean = counts[at, :experts].mean()
-    wrong = routers.sums_wrong(table, decision.score_sum)
+    wrong = routers.sums_wrong(table, decision)
     return LayerData(
         title=f"layer {table.labels[at].lstrip('0') or '0'}",
         router=spec_line,
         rows=_ranked(decision, at, load),
         runner_up=_runner_up(decision, at, load, table),
         margin=margin,
-        margin_unit=margin_unit(table, at),
-        near_tie=bool(near_ties(table, decision)[at]),
+        margin_unit="score" if decision.in_scores[at] else "logit",
+        near_tie=bool(routers.near_ties(decision)[at]),
         score_sum=_known(decision.score_sum[at]),
         sum_range=_range(sums) if len(sums) >= 4 else None,
         sum_expected=routers.expected_sum(allowed),
@@ -134,23 +133,6 @@ def layer_data(
         window=tokens,
         basis=decision.basis,
     )
-
-
-def margin_unit(table: RouterTable, router: int) -> str:
-    order = table.specs[router].policy.score_order
-    return "logit" if order == "topk_then_score" else "score"
-
-
-def near_ties(table: RouterTable, decision: Decision) -> NDArray[np.bool_]:
-    """Which routers nearly chose otherwise: [L]. Margins of logits are ratios of scores already;
-    margins of scores are held against the lowest chosen score."""
-    lowest = np.ones(table.count, np.float32)
-    if decision.scores is not None:
-        picked = np.where(decision.expert_ids >= 0, decision.scores, np.inf).min(axis=1)
-        in_scores = np.array([margin_unit(table, r) == "score" for r in range(table.count)])
-        lowest = np.where(in_scores & np.isfinite(picked), np.abs(picked), 1.0)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(decision.margin < NEAR_TIE * lowest, np.bool_)
 
 
 def _ranked(decision: Decision, at: int, load: NDArray[np.float64]) -> tuple[ExpertRow, ...]:
@@ -174,7 +156,7 @@ def _runner_up(
     scored = decision.scores is not None and policy.correction_bias == "none"
     chosen = decision.expert_ids[at] >= 0
     score = None
-    if scored and margin_unit(table, at) == "score" and chosen.any():
+    if scored and decision.in_scores[at] and chosen.any():
         assert decision.scores is not None
         lowest = float(decision.scores[at][chosen].min())
         score = _known(np.float32(lowest - float(decision.margin[at])))
@@ -210,7 +192,7 @@ def token_data(
         common = (ids[:, :, None] == lane.expert_ids[row - 1][:, None, :]) & (ids[:, :, None] >= 0)
         shared = (int(common.sum()), int((ids >= 0).sum()))
     known = int(np.isfinite(lane.margin[row]).sum())
-    close = near_ties(table, routers.as_generated(lane, row))
+    close = routers.near_ties(routers.as_generated(table, lane, row))
     logprob = _known(lane.logprob[row])
     token_id = int(lane.token_id[row])
     text = lane.texts[row] or pieces.get(token_id, "")
@@ -222,7 +204,7 @@ def token_data(
         alternatives=alternatives_before(lane, row, pieces),
         shared_with_previous=shared,
         near_ties=(int(close.sum()), known) if known else None,
-        near_tie_below=NEAR_TIE,
+        near_tie_below=routers.NEAR_TIE,
         new_experts=lane.first_use[row],
         variants=variants,
     )

@@ -174,6 +174,7 @@ class Watch:
         else:
             self.turns.clear()
             self.generate = p.Generate(prompt=prompt, sampling=self.sampling, paused=paused)
+        self.finished.clear()
         self.send(self.generate)
 
     def again(self, seed: int | None = None, paused: bool = False) -> bool:
@@ -185,6 +186,7 @@ class Watch:
         self.generate = replace(
             self.generate, sampling=self.sampling, continues=False, paused=paused
         )
+        self.finished.clear()
         self.send(self.generate)
         return True
 
@@ -200,6 +202,12 @@ class Watch:
     @property
     def live(self) -> bool:
         return self.mode in ("prefill", "running")
+
+    @property
+    def resting(self) -> bool:
+        """Loaded, and nothing is being made or waits to be."""
+        asked = self.generate is not None
+        return self.mode == "idle" and (not asked or bool(self.finished))
 
     @property
     def unsaved(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -63,7 +65,7 @@ def test_trained_on_the_same_logits_is_what_was_generated():
     table, history, lane = history_of()
     logits = history.logits(lane, 33)
     assert logits is not None
-    again, made = routers.reroute(table, "trained", logits), routers.as_generated(lane, 33)
+    again, made = routers.reroute(table, "trained", logits), routers.as_generated(table, lane, 33)
     assert (again.expert_ids == made.expert_ids).all()
     np.testing.assert_array_equal(again.score_sum, made.score_sum)
 
@@ -86,7 +88,7 @@ def test_layers_with_other_routers_are_routed_with_their_own():
 def test_layer_panel_has_the_first_expert_that_was_not_chosen():
     table, history, lane = history_of()
     row = 40
-    made = routers.as_generated(lane, row)
+    made = routers.as_generated(table, lane, row)
     counts = view.load_counts(lane, row, table.widest)
     data = view.layer_data(table, lane, row, made, counts, view.Cursor(2, 0), "softmax")
     logits = history.logits(lane, row)
@@ -116,8 +118,36 @@ def test_layer_panel_has_the_first_expert_that_was_not_chosen():
 )
 def test_a_sum_the_trained_spec_does_not_allow_is_marked(policy, value, wrong):
     table = routers.table_of(meta_of(layers=2, **policy))
-    found = routers.sums_wrong(table, np.full(2, value, np.float32))
-    assert found.tolist() == [wrong, wrong]
+    made = routers.reroute(table, "trained", np.zeros((2, 16), np.float32))
+    summed = replace(made, score_sum=np.full(2, value, np.float32))
+    assert routers.sums_wrong(table, summed).tolist() == [wrong, wrong]
+
+
+def test_a_saturated_softmax_may_sum_to_one():
+    table = routers.table_of(meta_of(layers=1))
+    logits = np.full((1, 16), -40, np.float32)
+    logits[0, :4] = 3
+    made = routers.reroute(table, "trained", logits)
+    assert made.score_sum[0] == 1 and not routers.sums_wrong(table, made)[0]
+    renormalised = routers.reroute(table, "softmax_over_selected", np.zeros((1, 16), np.float32))
+    assert routers.sums_wrong(table, renormalised)[0]
+
+
+def test_near_ties_are_relative_in_scores_and_in_logits():
+    table = routers.table_of(meta_of(layers=1, experts=64))
+    logits = np.linspace(0, -1, 64, dtype=np.float32)[None].copy()
+    for gap, tie in ((0.005, True), (0.02, False)):
+        logits[0, 4] = logits[0, 3] - gap
+        logits[0, 5:] = -2
+        for name in ("trained", "softmax_over_selected"):
+            assert routers.near_ties(routers.reroute(table, name, logits))[0] == tie
+
+
+def test_tokens_with_a_wrong_sum_are_marked_whatever_variant_made_them():
+    table, _, lane = history_of(lanes=("softmax_over_selected",))
+    assert routers.rows_wrong(table, lane, 0).all()
+    table, _, lane = history_of()
+    assert not routers.rows_wrong(table, lane, 0).any()
 
 
 def test_the_bar_offers_what_changes_something_and_one_twin():
@@ -203,7 +233,7 @@ def test_sparse_frames_of_an_import_read_not_recorded():
         object.__setattr__(frame, "weights", None)
         object.__setattr__(frame, "scores", None)
         lane.append(frame)
-    made = routers.as_generated(lane, 4)
+    made = routers.as_generated(routers.table_of(meta), lane, 4)
     assert made.weights is None and made.scores is None
     counts = view.load_counts(lane, 4, 16)
     data = view.layer_data(routers.table_of(meta), lane, 4, made, counts, view.Cursor(), "")

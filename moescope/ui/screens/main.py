@@ -23,9 +23,10 @@ from moescope.ui.cells import Cells
 from moescope.ui.clock import Clock
 from moescope.ui.history import Lane
 from moescope.ui.looking import Looking
-from moescope.ui.pace import BASE, FULL, Pace
+from moescope.ui.pace import BASE, FULL, Meter, Pace
 from moescope.ui.panels import StatusData, TransportData
 from moescope.ui.screens.main_keys import MainKeys
+from moescope.ui.tour import Tour
 from moescope.ui.watch import Watch
 from moescope.ui.widgets.expert_map import ExpertMap
 from moescope.ui.widgets.layer_line import LayerLine
@@ -55,12 +56,14 @@ class MainScreen(MainKeys):
         self.look = Looking(watch)
         self.pace = Pace()
         self.playing = False
+        self.tour: Tour | None = None  # what the demo does until a key is pressed
         self.clock = Clock()
         self.now = now or time.monotonic
         self._cells = Cells()
         self._drawn: dict[str, object] = {}  # panel -> what it was drawn from
         self._plotted = 0.0
         self._stepped: tuple[object, int] = (None, 0)  # lane and the rows it will have
+        self._meter, self._rate = Meter(), 0.0  # how fast tokens come where a pace is set
         self._timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
@@ -113,12 +116,16 @@ class MainScreen(MainKeys):
         if self.subject.table is not None and not was_ready:
             self._ready()
         self._play(now)
+        prompt = self.tour.next(now, self.subject.resting) if self.tour is not None else None
+        if prompt is not None:
+            self.ask(prompt)
         self._say()
         if was_live != self.subject.live or not was_ready:
             self.refresh_bindings()
 
     def _play(self, now: float) -> None:
         """Advance by what the pace owes: rows of a replay, steps of a live run."""
+        self._rate = self._meter.rate(now, self.look.at + 1)
         if not self.playing:
             return
         lane = self.look.lane
@@ -168,7 +175,7 @@ class MainScreen(MainKeys):
     def look_at(self, watch: Watch) -> None:
         """Show another engine or trace."""
         self.subject, self.look = watch, Looking(watch)
-        self.pace, self.playing = Pace(), False
+        self.pace, self.playing, self.tour = Pace(), False, None
         self._drawn, self._cells = {}, Cells()
         self._start_clock()
         watch.pump()
@@ -187,15 +194,16 @@ class MainScreen(MainKeys):
                 decoding = [i for i in range(lane.count) if lane.phase[i]]
                 self.look.row = decoding[0] if decoding else 0
         elif self.subject.demo and self.subject.generate is None:
-            self.pace = Pace(DEMO_PACE)
-            self.begin_demo()
+            self.pace, self.tour = Pace(DEMO_PACE), Tour()
         self.set_class(replay, "-replay")
         self.refresh_bindings()
 
-    def begin_demo(self) -> None:
-        from moescope.ui.tour import PROMPTS
+    def on_key(self) -> None:
+        """Somebody is there: the demo no longer goes on by itself."""
+        self.tour = None
 
-        self.ask(PROMPTS[0])
+    def on_mouse_down(self) -> None:
+        self.tour = None
 
     def ask(self, prompt: str) -> None:
         """Generate from `prompt`, at the pace that is set."""
@@ -267,9 +275,8 @@ class MainScreen(MainKeys):
         self.set_class(watch.table is None and watch.failed is None, "-loading")
         lane, row = look.lane, look.at
         self.query_one(StatusLine).show(self.status())
-        if watch.failed is not None:
-            if self._changed("failed", watch.failed):
-                self.query_one("#failed", Static).update(lines.failure(watch.failed))
+        if watch.failed is not None and self._changed("failed", watch.failed):
+            self.query_one("#failed", Static).update(lines.failure(watch.failed))
         if watch.table is None:
             self.query_one(LoadingPanel).show(watch.loading)
             return
@@ -290,8 +297,8 @@ class MainScreen(MainKeys):
     def status(self) -> StatusData:
         """The line on top, here and on the compare screen."""
         look, watch = self.look, self.subject
-        rate = (self.pace.rate or watch.rate) if self.playing else watch.rate
-        rate = rate if self.mode in ("running", "replay") else 0.0
+        moving = self.mode == "running" or (self.mode == "replay" and self.playing)
+        rate = (self._rate if self.playing else watch.rate) if moving else 0.0
         return lines.status(
             watch, self.mode, rate, look.lane, look.at, look.address(), self.clock.measured
         )
@@ -322,10 +329,14 @@ class MainScreen(MainKeys):
         assert self.subject.table is not None and self.subject.history is not None
         follow = self.look.row is None
         count = lane.count if lane is not None else 0
-        key = (lane, count, row, follow, self.look.router, self.look.tint)
+        key = (lane, count, row, follow, self.look.router, self.look.tint, self.subject.mode)
         if not self._changed("text", key):
             return
-        at = f"token {int(lane.position[row])}" if lane is not None and row >= 0 else ""
+        note = "follow" if follow else ""
+        if lane is not None and row >= 0 and not follow:
+            note = f"token {int(lane.position[row])}"
+        elif self.subject.mode == "idle" and self.look.lane_number in self.subject.finished:
+            note = lines.ended(self.subject.finished[self.look.lane_number])
         self.query_one(Transcript).show(
             self._cells.data(
                 self.subject.history,
@@ -335,7 +346,7 @@ class MainScreen(MainKeys):
                 self.look.tint,
                 row if row >= 0 else None,
                 follow,
-                "follow" if follow else at,
+                note,
             )
         )
 
@@ -365,7 +376,7 @@ class MainScreen(MainKeys):
         variants: tuple[str, ...] = ()
         if settled:
             logits = watch.history.logits(lane, row)
-            made = routers.as_generated(lane, row)
+            made = routers.as_generated(table, lane, row)
             token_id = int(lane.token_id[row])
             variants = view.variant_lines(table, logits, token_id, made, look.lettered()[:4])
         self.query_one(TokenPanel).show(
