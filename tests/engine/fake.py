@@ -247,6 +247,7 @@ def open_fake(
         model.interpreter.hook = HOOKS[behaviour]
     tokenizer = FakeTokenizer()
     tokenizer.end_ids = ()  # it runs until it is told to stop
+    model.facts["context"] = 100_000
     return model, tokenizer
 
 

@@ -312,7 +312,7 @@ def test_an_engine_that_is_loading_ends_when_it_is_closed() -> None:
     talk.kind(Loading)
     began = time.monotonic()
     talk.link.close(timeout=10.0)
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 9.0, "it had to be killed"
 
 
 def test_a_place_that_is_taken_is_refused_before_loading(tmp_path: Path) -> None:
