@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
         raise options.fail(f"--variant: expected two to {MAX_LANES}, found {len(variants)}")
     request = Generate(**options.prompt_of(args), sampling=options.sampling_of(args))
     with running.signals():
-        model, tokenizer = running.load(args)
-        with running.recording(args, model, tokenizer) as writer:
+        loaded, model, tokenizer = running.load(args)
+        with running.recording(args, loaded, model, tokenizer) as writer:
             outcome = run_compare(
                 model,
                 tokenizer,

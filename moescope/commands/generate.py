@@ -31,8 +31,8 @@ def stream(args: argparse.Namespace) -> int:
 
     prompt = options.prompt_of(args)
     request = Generate(**prompt, sampling=options.sampling_of(args))
-    model, tokenizer = running.load(args)
-    with running.recording(args, model, tokenizer) as writer:
+    loaded, model, tokenizer = running.load(args)
+    with running.recording(args, loaded, model, tokenizer) as writer:
         session = Session(
             model,
             tokenizer,

@@ -7,7 +7,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from moescope.commands import options
@@ -20,21 +21,27 @@ class Ended(SystemExit):
     """A signal asked us to end; unwinds like SystemExit, so that traces are committed."""
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and its tokenizer (None where ids were given and there is none)."""
-    from moescope.engine.load import load_model
-    from moescope.engine.tokenizer import Tokenizer
+def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The request, the model, and its tokenizer (None where there is none that can be used)."""
+    from moescope.engine.opening import open_model
+    from moescope.engine.recording import check_place
 
+    recording = (
+        {name: getattr(args, name) for name in ("record", "redact", "durable", "force")}
+        if getattr(args, "output", None)
+        else {}
+    )
+    request = options.request_of(args, trace_path=getattr(args, "output", None), **recording)
+    if request.trace_path is not None:
+        check_place(Path(request.trace_path), request.force)
     progress = _Progress()
     try:
-        model = load_model(options.request_of(args), progress.show)
+        model, tokenizer = open_model(request, progress.show)
     finally:
         progress.clear()
-    for note in model.facts.get("notes", ()):
+    for note in model.facts["notes"]:
         talk(note)
-    if args.prompt_ids is not None and not (model.checkpoint.folder / "tokenizer.json").exists():
-        return model, None
-    return model, Tokenizer.open(model.checkpoint, model.interpreter.vocab_size)
+    return request, model, tokenizer
 
 
 def talk(text: str) -> None:
@@ -68,24 +75,20 @@ def signals() -> Iterator[None]:
 
 
 @contextmanager
-def recording(args: argparse.Namespace, model: Any, tokenizer: Any) -> Iterator[Any]:
+def recording(args: argparse.Namespace, request: Any, model: Any, tokenizer: Any) -> Iterator[Any]:
     """A writer for `--output`, closed whatever happens; None where nothing is recorded."""
-    if getattr(args, "output", None) is None:
-        yield None
-        return
     from dataclasses import asdict
 
-    from moescope.engine.recording import trace_meta
-    from moescope.trace.store import TraceWriter
+    from moescope.engine.recording import open_writer, trace_meta
 
     meta = trace_meta(
         model,
         tokenizer,
-        record=args.record,
-        redact=args.redact,
+        record=request.record,
+        redact=request.redact,
         sampling=asdict(options.sampling_of(args)),
     )
-    with TraceWriter(args.output, meta, durable=args.durable, force=args.force) as writer:
+    with open_writer(request, meta, private=False) or nullcontext() as writer:
         yield writer
 
 

@@ -88,10 +88,10 @@ def _router_info(router: Router) -> RouterInfo:
     )
 
 
-def check_place(path: Path) -> None:
+def check_place(path: Path, force: bool = False) -> None:
     """Refuse a file that could not be recorded into before a model is loaded for it."""
     try:
-        taken = path.is_dir() or (path.exists() and path.stat().st_size > 0)
+        taken = path.is_dir() or (not force and path.exists() and path.stat().st_size > 0)
         missing = not path.parent.is_dir()
     except OSError as error:
         raise MoescopeError(
@@ -99,9 +99,8 @@ def check_place(path: Path) -> None:
         ) from None
     if taken or missing:
         problem = "the folder does not exist" if missing else "already exists"
-        raise MoescopeError(
-            f"{single_line(str(path))}: {problem}", hint="another name", code=ExitCode.OUTPUT
-        )
+        hint = "another name, or --force to replace it" if taken else "another name"
+        raise MoescopeError(f"{single_line(str(path))}: {problem}", hint=hint, code=ExitCode.OUTPUT)
 
 
 def open_writer(request: LoadRequest, meta: TraceMeta, private: bool) -> Any:
@@ -110,8 +109,13 @@ def open_writer(request: LoadRequest, meta: TraceMeta, private: bool) -> Any:
         return None
     from moescope.trace.store import TraceWriter
 
-    limit = LIMIT_BYTES if private else None
-    return TraceWriter(request.trace_path, meta, durable=request.durable, limit_bytes=limit)
+    return TraceWriter(
+        request.trace_path,
+        meta,
+        durable=request.durable,
+        limit_bytes=LIMIT_BYTES if private else None,
+        force=request.force,
+    )
 
 
 class Recorder:

@@ -132,7 +132,7 @@ def _open(request: LoadRequest, inbox: Inbox, outbox: Outbox, private: bool, loa
         outbox.put(loading)
 
     if request.trace_path is not None:
-        recording.check_place(Path(request.trace_path))
+        recording.check_place(Path(request.trace_path), request.force)
     module, _, name = loader.partition(":")
     load: Callable[..., Any] = getattr(importlib.import_module(module), name)
     model, tokenizer = load(request, progress)
