@@ -260,6 +260,8 @@ def test_any_arrangement_stays_inside_and_hits_what_it_shows(
     assert RULER + layout.rows <= max(size[1], 2)
     assert layout.first_router <= cursor[0] < layout.first_router + layout.routers
     assert layout.first_expert <= cursor[1] < layout.first_expert + layout.experts
+    if layout.zoom == "braille" and layout.merge > 1:  # no more experts behind a dot than needed
+        assert -(-experts // layout.merge) > size[0] - layout.gutter - layout.sum_width
     found = where(layout, cursor)
     cell = layout.cell_at(*found)
     assert cell is not None

@@ -133,6 +133,18 @@ async def test_a_token_costs_its_own_row() -> None:
         assert seen == []
 
 
+async def test_a_moved_cursor_redraws_the_rows_it_left_and_entered() -> None:
+    widget = Transcript()
+    texts = ["first\n", "second\n", "third"]
+    async with staged(widget, transcript(texts, cursor=0), (40, 6)) as pilot:
+        seen = watch_refresh(widget)
+        widget.show(transcript(texts, cursor=2))
+        assert set().union(*seen) == {0, 2}
+        await pilot.pause()
+        marked = [any(part.style.reverse for part in widget.render_line(y)) for y in range(3)]
+        assert marked == [False, False, True]
+
+
 async def test_new_tints_and_new_text_redraw() -> None:
     widget = Transcript()
     data = transcript(["one", " two"])
