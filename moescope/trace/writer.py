@@ -27,7 +27,7 @@ from moescope.trace import database, lock
 from moescope.trace.chunk import columns_of
 from moescope.trace.columns import checksum, pack
 from moescope.trace.frames import DECODE, Frame, TraceEvent, TraceMeta
-from moescope.trace.metadata import event_to_json, redact_event, to_json, trace_error
+from moescope.trace.metadata import event_to_json, redact_event, router_groups, to_json, trace_error
 from moescope.trace.record import frame_of, record
 
 CHUNK_FRAMES = 256
@@ -71,6 +71,7 @@ class TraceWriter:
         self.limit_bytes = limit_bytes
         self._shown = single_line(str(path))
         self._redact = meta.redacted
+        self._router_counts = tuple(len(routers) for routers in router_groups(meta))
         self._queue: deque[_Item] = deque()
         self._queued_bytes = 0
         self._changed = threading.Condition()
@@ -93,7 +94,13 @@ class TraceWriter:
     # --- the caller's side ------------------------------------------------------------------------
 
     def append(self, frame: Frame) -> None:
-        """Queue one frame; waits only when the queue is full. The arrays are copied."""
+        """Queue one frame; waits only when the queue is full. The arrays are copied.
+
+        Raises ValueError for a frame that is not of the routers in the meta: nobody could read it.
+        """
+        routers = len(frame.expert_ids)
+        if self._router_counts and routers not in self._router_counts:
+            raise ValueError(f"a frame of {routers} routers, meta has {self._router_counts}")
         item = _Item(record(frame, self.meta.record, self._redact), frame.phase == DECODE)
         self._put(item)
         self._appended += 1

@@ -64,10 +64,11 @@ def a_frame(
 def record_trace(path: Path, frames: int = 300, **meta: Any) -> TraceMeta:
     """A finished trace of one lane, with a prompt event, on disk."""
     described = a_meta(**meta)
+    sizes = {name: meta[name] for name in ("routers", "experts", "k") if name in meta}
     with TraceWriter(path, described) as writer:
         writer.event(TraceEvent("prompt", {"text": "Once", "ids": [1, 2]}))
         for position in range(frames):
-            writer.append(a_frame(position))
+            writer.append(a_frame(position, **sizes))
     return described
 
 

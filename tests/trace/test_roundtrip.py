@@ -210,6 +210,8 @@ def test_frames_that_do_not_fit_together_are_our_own_mistake(tmp_path: Path) -> 
     with TraceWriter(tmp_path / "x.moetrace", a_meta()) as writer:
         with pytest.raises(ValueError, match="weights"):
             writer.append(a_frame(weights=np.zeros((4, 9), np.float32)))
+        with pytest.raises(ValueError, match="a frame of 5 routers"):
+            writer.append(a_frame(routers=5))
         writer.append(a_frame())
 
 

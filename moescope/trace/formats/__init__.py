@@ -65,6 +65,8 @@ def convert(
     counted = _Counted(trace.frames)
     with written_whole(target) as temporary:
         rows = FORMATS[writing].write(temporary, replace(trace, frames=iter(counted)))
+        if trace.notes and not counted.count:
+            raise trace_error(source, f"nothing in it can be read: {trace.notes[0]}")
     summary = {
         "from": reading,
         "to": writing,
