@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moescope.ui.widgets.map_layout import plan
+
 NEEDS = (60, 16)  # columns, rows below which nothing useful fits
 NARROW = 104  # columns from which two columns of panels fit
 MAP_FRAME = (12, 3)  # columns and rows of a map that are not cells: border, ruler, labels, sums
@@ -65,6 +67,8 @@ def arrange(
     rows = _tiled(_rows(zooms, routers, experts, left - MAP_FRAME[0], room), routers, room)
     if "sums" in out:  # nobody below takes the rest
         rows = room
+    else:
+        rows = _drawn(left - 2, rows + 1, routers, experts, zoom) - 1
     return Arrangement("two", left, rows + MAP_FRAME[1], layer, frozenset(out))
 
 
@@ -73,6 +77,12 @@ def _fits_alone(width: int, height: int, routers: int, experts: int, layer: int)
     across = width - RIGHT - 10 >= experts + MAP_FRAME[0]
     down = height >= routers + MAP_FRAME[1] and height >= layer + TOKEN_ROWS + SUMS_ROWS + TEXT_ROWS
     return across and down and routers > height // 2
+
+
+def _drawn(across: int, down: int, routers: int, experts: int, zoom: str) -> int:
+    """Rows that the map makes use of, ruler and legend included, out of `down`."""
+    found = plan(across, down, routers, experts, (0, 0), zoom=zoom)
+    return min(down, 1 + found.rows + (LEGEND if found.legend else 0))
 
 
 def _tiled(rows: int, routers: int, room: int) -> int:

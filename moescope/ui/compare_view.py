@@ -83,7 +83,7 @@ def difference_map(
     )
 
 
-def agreement(pair: Pair, row: int, same_tokens: bool) -> AgreementData:
+def agreement(pair: Pair, row: int) -> AgreementData:
     """The numbers beside the map: this token, and all tokens both lanes read alike."""
     comparison = pair.comparison
     now = decisions(pair.a.frame(row), pair.b.frame(row))
@@ -112,7 +112,8 @@ def agreement(pair: Pair, row: int, same_tokens: bool) -> AgreementData:
     later = comparison.compounded.all
     if later.tokens:
         rows.append(AgreementRow("overlap after the split", "", _times(later, k)))
-    kind = "same tokens" if same_tokens else "free text"
+    fed_alike = bool(np.isfinite(pair.b.kl[-1:]).any()) and comparison.ids_part_at is None
+    kind = "same tokens" if fed_alike else "free text"
     return AgreementData(f"agreement · {kind}", tuple(rows), verdict(comparison))
 
 
@@ -137,7 +138,7 @@ def divergence(pair: Pair, row: int) -> PlotData:
     kl = pair.b.kl[:stop]
     positions = pair.a.position[:stop].copy()
     at = int(positions[row]) if row < stop else None
-    if np.isfinite(kl).any():
+    if np.isfinite(kl).mean() > 0.5:
         return PlotData("KL(A‖B) over tokens, nats", positions, (("KL", kl.copy()),), cursor=at)
     shares = differing(pair.a, pair.b, stop)
     title = "share of experts that differ, over tokens"

@@ -7,6 +7,7 @@ Letters: L routers, E expert classes (null experts included), K picked.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,12 @@ def specs_under(table: RouterTable, expression: str) -> tuple[RouterSpec, ...]:
 
 def equal(left: tuple[RouterSpec, ...], right: tuple[RouterSpec, ...]) -> bool:
     """Whether two lists of routers always give the same experts and weights."""
-    return all(a is b or a.equal(b) for a, b in zip(left, right, strict=True))
+    return all(a is b or _equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _equal(a: RouterSpec, b: RouterSpec) -> bool:
+    return a.equal(b)
 
 
 def reroute(

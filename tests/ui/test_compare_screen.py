@@ -59,7 +59,7 @@ def test_the_map_shows_what_only_one_lane_chose():
 
 def test_the_numbers_keep_the_common_text_and_the_rest_apart():
     pair = pair_of(parting())
-    data = compare_view.agreement(pair, 20, same_tokens=False)
+    data = compare_view.agreement(pair, 20)
     rows = {row.label: row for row in data.rows}
     assert rows["same top-4 set"].this_token == "6/6" and rows["same top-4 set"].run == "1.00"
     assert rows["Σ  A / B"].this_token.endswith("/1.00")

@@ -148,11 +148,10 @@ class CompareScreen(Screen[None]):
         if key == self._drawn:
             return
         self._drawn = key
-        same_tokens = bool((pair.b.kl == pair.b.kl).any())
         self.query_one(ExpertMap).show(
             compare_view.difference_map(pair, row, self.mode, self.look.cursor)
         )
-        self.query_one(AgreementPanel).show(compare_view.agreement(pair, row, same_tokens))
+        self.query_one(AgreementPanel).show(compare_view.agreement(pair, row))
         self.query_one(ScorePlot).show(compare_view.divergence(pair, row))
 
     # --- keys

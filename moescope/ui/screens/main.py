@@ -251,7 +251,9 @@ class MainScreen(MainKeys):
         sizes += [(panel, place.layer_height) for panel in self.query(LayerPanel)]
         for panel, height in sizes:
             panel.styles.height = "1fr" if panel is self.maximized else height
-        self.query_one(Footer).show_command_palette = place.kind != "column"
+        footer = self.query_one(Footer)
+        footer.compact = place.kind == "column"
+        footer.show_command_palette = not footer.compact
 
     def watch_maximized(self, before: Widget | None, now: Widget | None) -> None:
         """One panel on the whole screen, or none any more: heights are ours to give."""
@@ -370,9 +372,10 @@ class MainScreen(MainKeys):
         now = self.now()
         if settled or now - self._plotted >= PLOT_EVERY or now < self._plotted:
             self._plotted = now
-            plot = view.plot_data(table, lane, row, look.router)
-            for sums in self.query(ScorePlot):
-                sums.show(plot)
+            if self._changed("sums", (lane, row, look.router)):
+                plot = view.plot_data(table, lane, row, look.router)
+                for sums in self.query(ScorePlot):
+                    sums.show(plot)
         variants: tuple[str, ...] = ()
         if settled:
             logits = watch.history.logits(lane, row)

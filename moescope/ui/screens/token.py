@@ -106,7 +106,7 @@ class ScoreBars:
 class BarsPanel(Panel[ScoreBars]):
     """Scores as columns; chosen experts stand out, the cut is written."""
 
-    DEFAULT_CSS = "BarsPanel { height: 1fr; max-height: 14; border: round $border-blurred; }"
+    DEFAULT_CSS = "BarsPanel { height: 1fr; border: round $border-blurred; }"
 
     def labels(self, data: ScoreBars) -> tuple[str, str]:
         note = "" if data.cut_at is None else f"lowest chosen {number(data.cut_at)}"
