@@ -65,10 +65,8 @@ def arrange(
     used = (0 if "layer" in out else layer) + (0 if "sums" in out else SUMS_ROWS)
     room = max(height - used - MAP_FRAME[1] - ("layer" in out), 4)
     rows = _tiled(_rows(zooms, routers, experts, left - MAP_FRAME[0], room), routers, room)
-    if "sums" in out:  # nobody below takes the rest
-        rows = room
-    else:
-        rows = _drawn(left - 2, rows + 1, routers, experts, zoom) - 1
+    drawn = _drawn(left - 2, rows + 1, routers, experts, zoom) - 1
+    rows = room if "sums" in out else drawn  # where nobody below takes the rest
     return Arrangement("two", left, rows + MAP_FRAME[1], layer, frozenset(out))
 
 

@@ -208,6 +208,8 @@ class MainScreen(MainKeys):
     def ask(self, prompt: str) -> None:
         """Generate from `prompt`, at the pace that is set."""
         self.subject.ask(prompt, paused=self.pace.rate is not FULL)
+        line = printable(" ".join(prompt.split()), 200)
+        self.query_one("#prompt", Input).placeholder = f"{line}  · i types another"
         self._begin()
 
     def _begin(self) -> None:
@@ -414,6 +416,7 @@ class MainScreen(MainKeys):
         self.set_focus(None)
         if event.value and self.subject.table is not None:
             self.ask(event.value)
+            event.input.clear()
             self.draw()
 
     def say(self, text: str, severity: str = "information") -> None:
