@@ -238,8 +238,20 @@ class TorchDecoder:
         Raises MoescopeError for an id outside the vocabulary and for a lane that is full; the lanes
         are then as they were.
         """
-        lanes = tuple(lanes)
-        call = self._prepare(lanes, np.asarray(token_ids), keep_logits=record == "logits")
+        lanes, ids = tuple(lanes), np.ascontiguousarray(token_ids, dtype=np.int64)
+        self._check(lanes, ids)
+        if ids.shape[1] == 1 or len(lanes) == 1:
+            return self._run(lanes, ids, all_logits, record)
+        # A prompt lane by lane: what a lane computes must not depend on who is beside it.
+        outs = [
+            self._run((lane,), ids[n : n + 1], all_logits, record) for n, lane in enumerate(lanes)
+        ]
+        return _merge(outs)
+
+    def _run(
+        self, lanes: tuple[int, ...], ids: NDArray[np.int64], all_logits: bool, record: RecordLevel
+    ) -> StepOutput:
+        call = self._prepare(lanes, ids, keep_logits=record == "logits")
         x = F.embedding(call.token_ids, self._embed)  # [R, H]
         for steps in self._layers:
             x = _run_layer(steps, x, call)
@@ -253,32 +265,35 @@ class TorchDecoder:
             self._lengths[lane] += call.tokens
         return _collect(call, logits, record)
 
-    def _prepare(
-        self, lanes: tuple[int, ...], token_ids: NDArray[np.int64], *, keep_logits: bool
-    ) -> ops.Call:
-        """Check ids and room, and gather what the operators of one call share."""
-        assert token_ids.ndim == 2 and token_ids.shape[0] == len(lanes) > 0 < token_ids.shape[1]
+    def _check(self, lanes: tuple[int, ...], ids: NDArray[np.int64]) -> None:
+        """Ids are known and there is room, in every lane."""
+        assert ids.ndim == 2 and ids.shape[0] == len(lanes) > 0 < ids.shape[1]
         assert len(set(lanes)) == len(lanes), "each lane once"
-        outside = (token_ids < 0) | (token_ids >= self.vocab_size)
+        outside = (ids < 0) | (ids >= self.vocab_size)
         if outside.any():
             raise MoescopeError(
-                f"token id {int(token_ids[outside][0])}: expected 0..{self.vocab_size - 1}"
+                f"token id {int(ids[outside][0])}: expected 0..{self.vocab_size - 1}"
             )
-        tokens = token_ids.shape[1]
-        starts = tuple(self._lengths[lane] for lane in lanes)
-        if max(starts) + tokens > self._capacity:
+        needed = max(self._lengths[lane] for lane in lanes) + ids.shape[1]
+        if needed > self._capacity:
             raise MoescopeError(
-                f"a lane holds at most {self._capacity} tokens, {max(starts) + tokens} are needed",
+                f"a lane holds at most {self._capacity} tokens, {needed} are needed",
                 code=ExitCode.RESOURCES,
             )
+
+    def _prepare(
+        self, lanes: tuple[int, ...], ids: NDArray[np.int64], *, keep_logits: bool
+    ) -> ops.Call:
+        """What the operators of one call share."""
+        tokens = ids.shape[1]
+        starts = tuple(self._lengths[lane] for lane in lanes)
         at = np.concatenate([np.arange(start, start + tokens) for start in starts])
         positions = torch.from_numpy(at).to(self.device)
-        flat = torch.from_numpy(np.ascontiguousarray(token_ids, dtype=np.int64)).flatten()
         call = ops.Call(
             lanes,
             starts,
             tokens,
-            flat.to(self.device),
+            torch.from_numpy(ids).flatten().to(self.device),
             positions,
             self._grouped(lanes, tokens),
             keep_logits,
@@ -366,6 +381,27 @@ def _aligned(parts: list[Tensor], name: str) -> list[Tensor]:
         part if part.shape[-1] == widest else F.pad(part, (0, widest - part.shape[-1]), value=fill)
         for part in parts
     ]
+
+
+def _merge(outs: list[StepOutput]) -> StepOutput:
+    """Outputs of single lanes as one; lanes may differ in K."""
+    K = max(out.expert_ids.shape[-1] for out in outs)
+
+    def joined(name: str) -> NDArray[Any] | None:
+        parts = [getattr(out, name) for out in outs]
+        if parts[0] is None:
+            return None
+        if name in ("expert_ids", "weights", "scores"):
+            fill = -1 if name == "expert_ids" else 0
+            parts = [
+                np.pad(p, [(0, 0)] * 3 + [(0, K - p.shape[-1])], constant_values=fill)
+                for p in parts
+            ]
+        return np.concatenate(parts)
+
+    invalid = [out.invalid_router for out in outs if out.invalid_router is not None]
+    arrays = {f.name: joined(f.name) for f in fields(StepOutput) if f.name != "invalid_router"}
+    return StepOutput(**arrays, invalid_router=min(invalid, default=None))  # type: ignore[arg-type]
 
 
 def _norm(

@@ -23,6 +23,8 @@ from moescope.kernels.torch_ops import route_torch
 Weights = Mapping[str, Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu}
+TILE = 8
+QUERY_BLOCK = 512
 Groups = list[tuple[RouterSpec, Tensor | None]]  # which rows (None: all) a router spec is for
 
 
@@ -42,10 +44,19 @@ class Call:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [R, in] times weight [out, in]. One float32 row is a matrix-vector product, and so is one
-    bfloat16 row where the CPU has tiles for it: there `mv` reads memory a fifth faster."""
-    if len(x) == 1 and bias is None and x.device.type == "cpu" and _prefers_mv(x.dtype):
-        return torch.mv(weight, x[0]).unsqueeze(0)
+    """x [R, in] times weight [out, in].
+
+    On a CPU, one float32 row is a matrix-vector product, and so is one bfloat16 row where there are
+    tiles for it: there `mv` reads memory a fifth faster. Few float32 rows are padded to a whole
+    tile, because the product rounds rows of a cut tile in other ways: lanes that do the same must
+    get the same bits, wherever they stand in the batch.
+    """
+    rows = x.shape[0]
+    if x.device.type == "cpu":
+        if rows == 1 and bias is None and _prefers_mv(x.dtype):
+            return torch.mv(weight, x[0]).unsqueeze(0)
+        if 1 < rows < TILE and x.dtype is not torch.bfloat16:
+            return F.linear(F.pad(x, (0, 0, 0, TILE - rows)), weight, bias)[:rows]
     return F.linear(x, weight, bias)
 
 
@@ -195,18 +206,35 @@ class TorchAttention:
         keys, values = self.cache[:, lane, :, first:end].repeat_interleave(
             s.heads // s.kv_heads, 1
         )  # each [heads, S, D]
-        mask, causal = None, start == 0 and (not s.window or tokens <= s.window)
-        if not causal:
-            query = torch.arange(start, end, device=v.device)[:, None]
-            key = torch.arange(first, end, device=v.device)[None]
+        q = qk[:, : s.heads].transpose(0, 1)
+        if start == 0 and (not s.window or tokens <= s.window):
+            out = F.scaled_dot_product_attention(
+                q[None], keys[None], values[None], is_causal=True, scale=s.scale
+            )[0]
+        else:
+            out = self._masked(q, keys, values, start, first)
+        return out.transpose(0, 1).reshape(tokens, -1)
+
+    def _masked(self, q: Tensor, keys: Tensor, values: Tensor, start: int, first: int) -> Tensor:
+        """Queries from position `start`, keys from `first`: in blocks, so that masks stay small."""
+        s, blocks = self.spec, []
+        for at in range(0, q.shape[1], QUERY_BLOCK):
+            block = q[:, at : at + QUERY_BLOCK]
+            begin = start + at
+            end = begin + block.shape[1]
+            low = max(first, begin - s.window + 1) if s.window else first
+            query = torch.arange(begin, end, device=q.device)[:, None]
+            key = torch.arange(low, end, device=q.device)[None]
             mask = key <= query
             if s.window:
                 mask &= key > query - s.window
-        q = qk[:, : s.heads].transpose(0, 1)
-        out = F.scaled_dot_product_attention(
-            q[None], keys[None], values[None], attn_mask=mask, is_causal=causal, scale=s.scale
-        )
-        return out[0].transpose(0, 1).reshape(tokens, -1)
+            seen = slice(low - first, end - first)
+            blocks.append(
+                F.scaled_dot_product_attention(
+                    block[None], keys[None, :, seen], values[None, :, seen], mask, scale=s.scale
+                )[0]
+            )
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
 
 class TorchMLP:
@@ -301,7 +329,7 @@ class TorchExperts:
     def __call__(self, h: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """h [R, H], ids [R, K] with -1 unused, weights [R, K] -> [R, H]."""
         weights = weights.to(self.combine)
-        if len(h) == 1 and not self.wiring.apply_router_weight_on_input:
+        if h.shape[0] == 1 and not self.wiring.apply_router_weight_on_input:
             return self._one(h, ids[0].tolist(), weights[0])
         return self._many(h, ids, weights)
 
