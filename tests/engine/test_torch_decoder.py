@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from moescope.engine import torch_operators
 from moescope.engine.decoder import Attention
 from moescope.engine.interpreter import StepOutput
 from moescope.engine.load import load_model
@@ -83,6 +84,43 @@ def test_last_logits_only_and_records(folder: Path) -> None:
     assert out.logits.shape == (1, 1, VOCAB)
     assert out.weights is None and out.scores is None and out.router_logits is None
     assert out.expert_ids.dtype == np.int16 and out.score_sum.dtype == np.float32
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lanes_that_do_the_same_get_the_same_bits(folder: Path, lanes: int, dtype: str) -> None:
+    """Whatever their number and place, and whatever a lane beside them does: else two equal
+    variants would part at the first near tie."""
+    model = fresh(folder, "qwen2_moe", lanes=lanes + 1, dtype=dtype)
+    everyone = list(range(lanes + 1))
+    model.run(everyone, np.concatenate([IDS[:1].repeat(lanes, 0), IDS[1:2]]))
+    other = [replace(r.spec.policy, num_experts_per_tok=2) for r in model.routers]
+    model.set_policies(lanes, other)
+    token = 7
+    for _ in range(12):
+        tokens = np.array([[token]] * lanes + [[token + 1]])
+        out = model.run(everyone, tokens, record="logits")
+        assert all(same(out, out, lane, 0) for lane in range(1, lanes))
+        token = int(out.logits[0, 0].argmax()) % 255
+
+
+def test_masks_in_blocks_are_masks_whole(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries against a window, and against cached keys, in blocks of any size."""
+    path = tiny_checkpoint("mixtral", tmp_path, sliding_window=5)
+    model = load_model(LoadRequest(str(path), device="cpu")).interpreter
+
+    def run() -> list[Any]:
+        model.truncate(0, 0)
+        first = model.run([0], IDS[:1], all_logits=True).logits
+        return [first, model.run([0], IDS[1:2], all_logits=True).logits]
+
+    whole = run()
+    for block in (1, 3, 12):
+        monkeypatch.setattr(torch_operators, "QUERY_BLOCK", block)
+        for a, b in zip(whole, run(), strict=True):
+            assert np.allclose(a, b, atol=2e-5)
 
 
 def test_same_calls_give_the_same_bits(folder: Path) -> None:
