@@ -12,11 +12,12 @@ import gc
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 from textual.app import App, SystemCommand
@@ -28,10 +29,12 @@ from moescope.engine.protocol import LoadRequest
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import printable
 from moescope.ui import keys
-from moescope.ui.find import FindProvider
 from moescope.ui.screens.main import MainScreen
 from moescope.ui.text import ControlFilter
 from moescope.ui.watch import ASK_ABOVE, Watch, watch_trace
+
+if TYPE_CHECKING:
+    from textual.command import Provider
 
 NICENESS = 5  # drawing may wait, the engine may not
 Opener = Callable[[Path], Watch]
@@ -83,6 +86,12 @@ def _short(model: str) -> str:
     return "moescope demo" if model == str(CHECKPOINT) else printable(Path(model).name or model, 60)
 
 
+def _places() -> type[Provider]:
+    from moescope.ui.palette import Places
+
+    return Places
+
+
 class MoescopeApp(App[int]):
     """Everything on the screen. `subject` is what it looks at; `opener` finds another."""
 
@@ -90,7 +99,7 @@ class MoescopeApp(App[int]):
     TITLE = "moescope"
     TOOLTIP_DELAY = 0.15
     BINDINGS = keys.bindings("app")
-    COMMANDS = App.COMMANDS | {FindProvider}
+    COMMANDS = App.COMMANDS | {_places}
 
     def __init__(
         self, watch: Watch, opener: Opener | None = None, clock: Callable[[], float] | None = None
@@ -175,7 +184,8 @@ class MoescopeApp(App[int]):
             return
         old, self.subject = self.subject, fresh
         self.main.look_at(fresh)
-        old.close()
+        # Committing a trace may take seconds.
+        threading.Thread(target=old.close, daemon=True).start()
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         where = getattr(screen, "KEYS", "main")

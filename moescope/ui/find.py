@@ -1,17 +1,13 @@
 """Addresses and text search: `L17`, `E062`, `L17E062`, `@412`, or a piece of the transcript.
 
-The notation is the one the status line and exports use. `parse` is pure; `FindProvider` offers the
-same from the command palette.
+The notation is the one the status line and exports use. All pure.
 """
 
 from __future__ import annotations
 
+import bisect
 import re
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
-
-from textual.command import Hit, Hits, Provider
 
 from moescope.ui.history import Lane
 from moescope.ui.routers import RouterTable
@@ -75,21 +71,4 @@ def hits(lane: Lane, text: str) -> list[int]:
 
 
 def _row_at(starts: list[int], at: int) -> int:
-    import bisect
-
     return bisect.bisect_right(starts, at) - 1
-
-
-class FindProvider(Provider):
-    """`L17E062` or `@412` typed into the command palette."""
-
-    async def search(self, query: str) -> Hits:
-        screen: Any = self.screen
-        go, table = getattr(screen, "go", None), getattr(screen, "table", None)
-        if go is None or table is None:
-            return
-        place = parse(query, table)
-        if isinstance(place, Place):
-            yield Hit(
-                1.0, f"Go to {query.strip()}", partial(go, place), help="Move the cursor there"
-            )

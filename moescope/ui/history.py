@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.trace.frames import Frame, TraceEvent, TraceMeta
-from moescope.trace.lanes import pieces as pieces_of
 
 LOGITS_BYTES = 48 << 20  # of router logits kept in memory
 
@@ -326,6 +325,8 @@ class History:
 
     def _take_events(self) -> None:
         """Events that were told before frame `read` was appended."""
+        from moescope.trace.lanes import pieces as pieces_of
+
         assert self.source is not None
         placed = self.source.placed_events()
         while self._events_seen < len(placed) and placed[self._events_seen][1] <= self.read:

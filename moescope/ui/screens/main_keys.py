@@ -18,7 +18,6 @@ from textual.widgets import Input
 from moescope.engine import protocol as p
 from moescope.ui import find, keys
 from moescope.ui.routers import TRAINED
-from moescope.ui.screens.dialogs import AskScreen, FormScreen, JumpScreen
 from moescope.ui.watch import Watch
 from moescope.ui.widgets.expert_map import ExpertMap
 
@@ -161,6 +160,8 @@ class MainKeys(Screen[None]):
         self.draw()
 
     def action_sampling(self) -> None:
+        from moescope.ui.screens.dialogs import FormScreen
+
         now = self.subject.sampling
         fields = tuple(
             (name, f"{getattr(now, name):g}", hint)
@@ -215,6 +216,8 @@ class MainKeys(Screen[None]):
         self.draw()
 
     def action_find(self) -> None:
+        from moescope.ui.screens.dialogs import AskScreen
+
         self.app.push_screen(
             AskScreen("find", "L17, E062, L17E062, @412, or text", check=self.look.find),
             lambda _: self.draw(),
@@ -226,6 +229,8 @@ class MainKeys(Screen[None]):
         self.draw()
 
     def action_go_to(self) -> None:
+        from moescope.ui.screens.dialogs import AskScreen
+
         def check(text: str) -> str:
             return self.look.find("@" + text.strip().lstrip("@"))
 
@@ -255,6 +260,8 @@ class MainKeys(Screen[None]):
         self.draw()
 
     def action_add_variant(self) -> None:
+        from moescope.ui.screens.dialogs import AskScreen
+
         hint = "num_experts_per_tok=4   norm_topk_prob=true@3-7   a name from `moescope variants`"
         self.app.push_screen(
             AskScreen("variant", hint, check=self.look.add_variant), lambda _: self.draw()
@@ -286,6 +293,8 @@ class MainKeys(Screen[None]):
             self.toggle_class(f"-no-{name}")
 
     def action_jump(self) -> None:
+        from moescope.ui.screens.dialogs import JumpScreen
+
         panels: list[Widget] = [
             widget
             for widget in self.query(
