@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,6 +30,7 @@ from moescope.engine.protocol import LoadRequest
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import printable
 from moescope.ui import keys
+from moescope.ui.lines import human
 from moescope.ui.screens.main import MainScreen
 from moescope.ui.text import ControlFilter
 from moescope.ui.watch import ASK_ABOVE, Watch, watch_trace
@@ -36,6 +38,7 @@ from moescope.ui.watch import ASK_ABOVE, Watch, watch_trace
 if TYPE_CHECKING:
     from textual.command import Provider
 
+LOOK_AFTER = 1.0  # seconds: the first frame comes first
 NICENESS = 5  # drawing may wait, the engine may not
 Opener = Callable[[Path], Watch]
 
@@ -51,6 +54,7 @@ def run(request: LoadRequest | None, replay: Path | None) -> int:
         with contextlib.suppress(OSError, AttributeError):
             os.nice(NICENESS)
         app = MoescopeApp(watch, partial(open_path, starter, request))
+        app.look_for_lost = replay is None
         try:
             app.run()
         finally:
@@ -108,7 +112,7 @@ class MoescopeApp(App[int]):
         self.subject = watch
         self.opener = opener
         self.now = clock
-        self._ended_by: int | None = None
+        self.look_for_lost = False  # recordings of runs that ended badly
 
     def get_default_screen(self) -> Screen[Any]:
         return MainScreen(self.subject, self.now)
@@ -125,6 +129,31 @@ class MoescopeApp(App[int]):
                     loop.add_signal_handler(number, self.end_by, number)
         gc.collect()
         gc.freeze()
+        if self.look_for_lost:
+            self.set_timer(LOOK_AFTER, self.offer_lost)
+
+    def offer_lost(self) -> None:
+        """A run that ended badly left its recording: open it, delete it, or decide later."""
+        from moescope.engine import recording
+        from moescope.ui.screens.dialogs import ChoiceScreen
+
+        lost = recording.recoverable()
+        if not lost or len(self.screen_stack) > 1:
+            return
+        newest = lost[0]
+
+        def answered(answer: str | None) -> None:
+            if answer == "open":
+                self.change(newest.path)
+            elif answer == "delete":
+                for run in lost:
+                    recording.remove(run.path)
+
+        when = time.strftime("%d %B, %H:%M", time.localtime(newest.modified))
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        title = f"A run of {when} ended before it was saved ({human(newest.bytes)}){more}."
+        options = (("open", "Open it (e saves)"), ("delete", "Delete"), ("later", "Later"))
+        self.push_screen(ChoiceScreen(title, options), answered)
 
     def end_by(self, number: int) -> None:
         """A signal asked us to end: put the terminal back, say so in the exit code."""
