@@ -9,8 +9,8 @@ residual or to a tap. Taps start empty in every layer. Interpreters run this; `f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from moescope.kernels.spec import RouterSpec
 
@@ -383,23 +383,3 @@ def _check_sizes(operator: Operator, where: str) -> None:
     rope = getattr(operator, "rope", None)
     if rope is not None and (rope.dims % 2 or rope.dims <= 0):
         raise ValueError(f"{where}: rope over {rope.dims} dims")
-
-
-def lines(value: Any, indent: str = "") -> list[str]:
-    """A spec as text, fields at their defaults left out; for `inspect` and for tests."""
-    out: list[str] = []
-    for f in fields(value):
-        item = getattr(value, f.name)
-        if item == f.default:
-            continue
-        if is_dataclass(item):
-            out += [f"{indent}{f.name}: {type(item).__name__}", *lines(item, indent + "  ")]
-        elif isinstance(item, tuple) and item and is_dataclass(item[0]):
-            for i, one in enumerate(item):
-                out += [
-                    f"{indent}{f.name}[{i}]: {type(one).__name__}",
-                    *lines(one, indent + "  "),
-                ]
-        else:
-            out.append(f"{indent}{f.name}: {item}")
-    return out

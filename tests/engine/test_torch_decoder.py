@@ -15,7 +15,8 @@ from moescope.engine.decoder import Attention
 from moescope.engine.interpreter import StepOutput
 from moescope.engine.load import load_model
 from moescope.engine.protocol import LoadRequest
-from moescope.engine.torch_decoder import TorchDecoder, refuse_unsupported
+from moescope.engine.torch_decoder import TorchDecoder
+from moescope.engine.torch_limits import refuse_unsupported
 from moescope.errors import MoescopeError
 from moescope.kernels import route
 from moescope.kernels.reference import gate_logits
