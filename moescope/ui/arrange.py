@@ -18,7 +18,8 @@ BARE_MAP_FRAME = (10, 1)  # without a border
 LEGEND = 2  # rows: a blank one and the colours
 TILES = (3, 2, 1)  # rows a router may take when there is room
 TEXT_ROWS = 5  # the least a transcript needs
-SUMS_ROWS = 7  # the least a plot needs, border included
+SUMS_ROWS = 6  # the least a plot needs, border included
+LAYER_ROWS = 11  # the least the layer panel needs: ranks are cut, the runner-up and Σ stay
 TOKEN_ROWS = 16
 RIGHT = 44  # columns of text and token panel, at least
 ZOOM_CELLS = {"cell": (1.0, 1.0), "half": (1.0, 0.5), "braille": (0.5, 0.25)}  # per expert, router
@@ -57,13 +58,17 @@ def arrange(
     out = set() if height >= TOKEN_ROWS + TEXT_ROWS + 3 else {"token"}
     if _fits_alone(width, height, routers, experts, layer) and "cell" in zooms:
         return Arrangement("lone", experts + MAP_FRAME[0] + 2, height, layer, frozenset(out))
-    least = min(_rows(zooms, routers, experts, left - MAP_FRAME[0], 8), 8) + MAP_FRAME[1]
-    if height < least + layer + SUMS_ROWS:
-        out.add("sums")
-    if height < least + layer:
-        out.add("layer")
-    used = (0 if "layer" in out else layer) + (0 if "sums" in out else SUMS_ROWS)
-    room = max(height - used - MAP_FRAME[1] - ("layer" in out), 4)
+    least = _rows(zooms, routers, experts, left - MAP_FRAME[0], height) + MAP_FRAME[1]
+    least = min(least, -(-routers // 4) + MAP_FRAME[1], height * 2 // 3)
+    for gone, share in (("", SUMS_ROWS), ("sums", 0)):
+        if height - least - share >= LAYER_ROWS:
+            layer = min(layer, height - least - share)
+            out |= {gone} - {""}
+            break
+    else:
+        out |= {"layer", "sums"}
+    used = (1 if "layer" in out else layer) + (0 if "sums" in out else SUMS_ROWS)
+    room = max(height - used - MAP_FRAME[1], 4)
     rows = _tiled(_rows(zooms, routers, experts, left - MAP_FRAME[0], room), routers, room)
     drawn = _drawn(left - 2, rows + 1, routers, experts, zoom) - 1
     rows = room if "sums" in out else drawn  # where nobody below takes the rest
