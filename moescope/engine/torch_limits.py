@@ -14,9 +14,11 @@ from moescope.engine.decoder import (
     Branch,
     DecoderSpec,
     Experts,
+    Layer,
     MoE,
     Norm,
     Rope,
+    RopeScaling,
 )
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterPolicy, RouterWiring
@@ -31,7 +33,9 @@ _ONLY: dict[type, dict[str, tuple[Any, ...]]] = {
         "carried": (),
     },
     Norm: {"kind": (), "bias": (), "weight": ()},
+    Layer: {"learned_scale": ()},
     Rope: {"style": (), "sections": ()},
+    RopeScaling: {"kind": ("linear", "yarn")},
     Attention: {
         name: ()
         for name in (

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -61,23 +62,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _prefers_mv(dtype: torch.dtype) -> bool:
-    return dtype is torch.float32 or (dtype is torch.bfloat16 and _AMX())
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and _has_tiles())
 
 
-class _Amx:
-    """Asked on first use, not on import."""
-
-    def __init__(self) -> None:
-        self.answer: bool | None = None
-
-    def __call__(self) -> bool:
-        if self.answer is None:
-            ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
-            self.answer = bool(ask()) if ask is not None else False
-        return self.answer
-
-
-_AMX = _Amx()
+@cache
+def _has_tiles() -> bool:
+    """Whether the CPU multiplies bfloat16 tiles (AMX)."""
+    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(ask()) if ask is not None else False
 
 
 def make_norm(norm: Norm, weight: Tensor) -> Callable[[Tensor], Tensor]:

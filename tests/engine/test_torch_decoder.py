@@ -227,6 +227,28 @@ def test_quantised_gate_is_the_reference_gate(folder: Path) -> None:
     assert np.abs(out.router_logits - plain.router_logits)[..., 0, :].max() > 1e-3
 
 
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_experts_are_the_plain_sum(folder: Path, on_input: bool, rows: int) -> None:
+    """Sorted by expert or one by one: the weighted sum over the picks, empty slots (-1) and null
+    experts (ids from E on) left out, the weight on the output or on the input."""
+    experts = fresh(folder)._layers[0][1][1].experts
+    experts.wiring = replace(experts.wiring, apply_router_weight_on_input=on_input)
+    generator = torch.Generator().manual_seed(rows)
+    h = torch.randn(rows, 64, generator=generator)
+    ids = torch.stack([torch.randperm(10, generator=generator)[:4] for _ in range(rows)]).int()
+    ids[0, 1] = -1
+    weights = torch.rand(rows, 4, generator=generator)
+    wanted = torch.zeros(rows, 64)
+    for r, k in np.ndindex(rows, 4):
+        if 0 <= (e := int(ids[r, k])) < 8:
+            x = h[r] * weights[r, k] if on_input else h[r]
+            gate, up = (experts.gate_up[e] @ x).chunk(2)
+            part = experts.down[e] @ (torch.nn.functional.silu(gate) * up)
+            wanted[r] += part if on_input else part * weights[r, k]
+    assert np.allclose(experts(h, ids, weights).numpy(), wanted.numpy(), atol=1e-4)
+
+
 @pytest.mark.parametrize("position", [0, 5])
 def test_invalid_router_is_named(folder: Path, position: int) -> None:
     model = fresh(folder)
