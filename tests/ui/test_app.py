@@ -264,6 +264,10 @@ async def test_help_lists_the_keys():
         await wait_for(pilot, lambda: bool(main.query("HelpPanel")))
         await pilot.press("question_mark")
         await wait_for(pilot, lambda: not main.query("HelpPanel"))
+        await pilot.press("f1")
+        await wait_for(pilot, lambda: bool(main.query("HelpPanel")))
+        await pilot.press("escape")
+        await wait_for(pilot, lambda: not main.query("HelpPanel"))
 
 
 async def test_the_palette_reaches_every_action():

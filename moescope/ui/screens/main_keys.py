@@ -317,6 +317,9 @@ class MainKeys(Screen[None]):
             self.set_focus(None)
         elif self.maximized is not None:
             self.minimize()
+        elif self.query("HelpPanel"):
+            self.app.action_hide_help_panel()
+            self.call_after_refresh(self.place)
         elif self.look.shown is not None:
             self.look.shown = None
             self.draw()
