@@ -179,7 +179,7 @@ def ulp(x: F64, dtype: str) -> F64:
 def _clear(ranked: F64, dtype: str) -> NDArray[np.bool_]:
     """Which neighbours [T, n - 1] differ by more than 8 ulp; what is not admissible is far off."""
     above, below = ranked[:, :-1], ranked[:, 1:]
-    return (above - below > ULPS * ulp(above, dtype)) | np.isneginf(below)
+    return above - below > ULPS * ulp(above, dtype)
 
 
 def _tied(order: NDArray[np.intp], logits: F64, bias: F64 | None) -> NDArray[np.bool_]:

@@ -58,6 +58,11 @@ DIFFERENT = [
     ({"norm_topk_prob": True, "norm_eps": 1e-3}, AFTER),
     ({"norm_topk_prob": True, "norm_p": 2.0}, AFTER),
     ({"norm_topk_prob": True, **GROUPS}, AFTER),
+    ({"norm_topk_prob": True, **GROUPS}, {**AFTER, **GROUPS}),
+    (
+        {"norm_topk_prob": True, "norm_eps": 1e-3, "correction_bias": "logit"},
+        {**AFTER, "correction_bias": "logit"},
+    ),
     ({"norm_topk_prob": True, "score_passes": 2}, {**AFTER, "score_passes": 2}),
     ({"norm_topk_prob": True, "score_dtype": "bfloat16"}, {**AFTER, "score_dtype": "bfloat16"}),
     ({}, {"score_dtype": "bfloat16"}),
