@@ -210,9 +210,9 @@ def test_a_closed_pipe_ends_quietly(model) -> None:
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_commits_the_trace(model, tmp_path, name) -> None:
     path = tmp_path / "run.moetrace"
-    options = ("--prompt", "Hi", "--max-new-tokens", "100000", "-o", str(path))
+    options = ("--prompt", "Hi", "--max-new-tokens", "8000", "-o", str(path))
     process = subprocess.Popen(
-        command("trace", model, *options, "--max-context", "100000"),
+        command("trace", model, *options, "--max-context", "8192"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
