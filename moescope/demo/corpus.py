@@ -490,10 +490,14 @@ def documents(seed: int, *, held: bool = False, domain: str | None = None) -> It
 
 
 def prompts(domain: str, count: int, seed: int = 7) -> list[str]:
-    """Distinct held-out prompts of one domain."""
+    """Distinct held-out prompts of one domain.
+
+    Before an indented line a prompt ends without its newline: the tokenizer joins the two.
+    """
     found: dict[str, None] = {}
     for document in documents(seed, held=True, domain=domain):
-        found.setdefault(document.prompt)
+        indented = document.text.startswith(f"{document.prompt} ")
+        found.setdefault(document.prompt.rstrip("\n") if indented else document.prompt)
         if len(found) == count:
             break
     return list(found)

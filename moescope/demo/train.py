@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -53,18 +55,45 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything else that decides the result. The defaults made the checkpoint in this folder."""
+    """Everything else that decides the result, for one stage."""
 
-    seed: int = 20261121
+    seed: int  # of the corpus, the first weights, and the order of the batches
+    steps: int
+    warmup: int
+    decay: int  # of the steps, the last ones
+    floor: float  # of the learning rate, reached at the last step
+    batch: int  # sequences a step, shared by the workers
+    learning_rate: float
+    betas: tuple[float, float]
     corpus_documents: int = 150_000
-    steps: int = 4500
-    batch: int = 8  # sequences a step
-    learning_rate: float = 4e-3
-    warmup: int = 150
-    floor: float = 0.03  # of the learning rate, reached at the last step
-    betas: tuple[float, float] = (0.9, 0.97)
+    workers: int = 2  # processes of one thread each; each has its part of the batch
     weight_decay: float = 0.05
     clip: float = 1.0
+
+
+# The second stage goes on from the first one's weights, with a new optimizer and new documents.
+STAGES = (
+    Settings(
+        seed=20261121,
+        steps=1250,
+        warmup=150,
+        decay=1100,
+        floor=0.855,
+        batch=8,
+        learning_rate=4e-3,
+        betas=(0.9, 0.97),
+    ),
+    Settings(
+        seed=20261122,
+        steps=1933,
+        warmup=50,
+        decay=483,
+        floor=0.02,
+        batch=4,
+        learning_rate=3e-3,
+        betas=(0.9, 0.98),
+    ),
+)
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -269,12 +298,10 @@ def batches(ids: np.ndarray, batch: int, length: int, seed: int) -> Iterator[Ten
 
 
 def rate(step: int, settings: Settings) -> float:
-    """Linear warm-up, then a cosine down to `floor` of the learning rate at the last step."""
-    if step < settings.warmup:
-        return settings.learning_rate * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return settings.learning_rate * (settings.floor + (1 - settings.floor) * cosine)
+    """Linear warm-up, a plateau, and a straight line down to `floor` over the last steps."""
+    up = (step + 1) / settings.warmup
+    down = max(0, settings.steps - 1 - step) / settings.decay
+    return settings.learning_rate * min(1.0, up, settings.floor + (1 - settings.floor) * down)
 
 
 @torch.no_grad()
@@ -288,82 +315,132 @@ def evaluate(model: Olmoe, ids: Tensor) -> tuple[float, list[float]]:
     return torch.stack(losses).mean().item(), torch.stack(masses).mean(0).tolist()
 
 
-def train(shape: Shape, settings: Settings, out: Path, hours: float) -> None:
-    torch.manual_seed(settings.seed)
-    documents = texts(settings.seed, settings.corpus_documents)
-    tokenizer = train_tokenizer(documents[:20_000], shape.vocab_size)
-    ids = encode(tokenizer, documents)
-    length = shape.max_position_embeddings
-    held = encode(tokenizer, texts(settings.seed, 1000, held=True))
-    window = batches(held, 32, length, settings.seed)
-    held_rows = next(window)
-    del documents
+def average(model: nn.Module, late: bool) -> bool:
+    """Averages the gradients over the workers; true when any of them says that it is late."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([*(g.flatten() for g in gradients), torch.tensor([float(late)])])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for g, part in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+        g.copy_(part.view_as(g))
+    return bool(flat[-1] > 0)
 
+
+def work(
+    rank: int,
+    shape: Shape,
+    settings: Settings,
+    folder: Path,
+    out: Path,
+    hours: float,
+    begin: Path | None,
+) -> None:
+    """One worker's training loop. The first of them reports, and exports a snapshot at times."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/meeting", rank=rank, world_size=settings.workers
+    )
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids, held = np.load(folder / "train.npy"), np.load(folder / "held.npy")
+    length = shape.max_position_embeddings
+    held_rows = next(batches(held, 32, length, settings.seed))
+    torch.manual_seed(settings.seed)
     model = Olmoe(shape)
     model.initialise()
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e6:.2f} M parameters, {len(ids) / 1e6:.2f} M tokens", flush=True)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    gains = [p for p in model.parameters() if p.dim() == 1]
+    if begin:
+        restore(model, begin)
     optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": gains, "weight_decay": 0.0}],
+        [
+            {"params": [p for p in model.parameters() if p.dim() > 1]},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        ],
         betas=settings.betas,
         weight_decay=settings.weight_decay,
         fused=True,
     )
+    if rank == 0:
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{count / 1e6:.2f} M parameters, {len(ids) / 1e6:.2f} M tokens", flush=True)
     start, stream = time.monotonic(), batches(ids, settings.batch, length, settings.seed)
-    for step in range(settings.steps):
+    step, told = 0, False
+    while step < settings.steps:
         for group in optimizer.param_groups:
             group["lr"] = rate(step, settings)
-        rows = next(stream)
+        rows = next(stream)[rank :: settings.workers]
         logits, balance, mass = model(rows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         (loss + shape.router_aux_loss_coef * balance).backward()
+        late = average(model, time.monotonic() - start > hours * 3600)
         norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()
         optimizer.zero_grad()
-        late = time.monotonic() - start > hours * 3600
-        if step % 25 == 0 or late:
+        step += 1
+        if late and not told:
+            told = True
+            if step < settings.steps - settings.decay:
+                settings = replace(settings, steps=step + step // 3, decay=step // 3)
+                if rank == 0:
+                    print(f"late: steps={settings.steps} decay={settings.decay}", flush=True)
+        if rank:
+            continue
+        if step % 50 == 0 or step == 1:
             print(
                 f"{time.monotonic() - start:7.0f} s  step {step:5d}  loss {loss.item():.4f}  "
                 f"balance {balance.item():.3f}  norm {norm.item():.2f}  "
                 f"score sums {' '.join(f'{m:.2f}' for m in mass.tolist())}",
                 flush=True,
             )
-        if (step + 1) % 250 == 0 or step + 1 == settings.steps or late:
+        if step % 250 == 0 or step == settings.steps:
             held_loss, masses = evaluate(model, held_rows)
-            print(
-                f"held-out loss {held_loss:.4f}  score sums {' '.join(f'{m:.3f}' for m in masses)}",
-                flush=True,
-            )
+            sums = " ".join(f"{m:.3f}" for m in masses)
+            print(f"held-out loss {held_loss:.4f}  score sums {sums}", flush=True)
             export(model, tokenizer, shape, out)
-        if late:
-            print("stopped by the wall-clock cap", flush=True)
-            return
+    dist.destroy_process_group()
+
+
+def train(shape: Shape, settings: Settings, out: Path, hours: float, begin: Path | None) -> None:
+    """Writes the corpus as tokens to a temporary folder, then lets the workers train on it."""
+    documents = texts(settings.seed, settings.corpus_documents)
+    if begin:
+        tokenizer = Tokenizer.from_file(str(begin / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(documents[:20_000], shape.vocab_size)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+        np.save(folder / "train.npy", encode(tokenizer, documents))
+        np.save(folder / "held.npy", encode(tokenizer, texts(settings.seed, 1000, held=True)))
+        del documents
+        mp.spawn(work, (shape, settings, folder, out, hours, begin), nprocs=settings.workers)
 
 
 # ------------------------------------------------------------------------------------------- export
 
 
-def tensors(model: Olmoe) -> dict[str, Tensor]:
-    """The weights under OLMoE's published names, in bfloat16."""
-    named: dict[str, Tensor] = {}
-    for name, weight in model.named_parameters():
+def published(model: Olmoe) -> Iterator[tuple[str, Tensor]]:
+    """Every weight as OLMoE's published checkpoints name it, as a view of the parameter."""
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
         if ".mlp." not in name:
-            named[name if name == "lm_head.weight" else f"model.{name}"] = weight
+            yield (name if name == "lm_head.weight" else f"model.{name}"), weight
             continue
-        prefix, leaf = f"model.{name.rsplit('.', 1)[0]}", name.rsplit(".", 1)[1]
+        path, leaf = name.rsplit(".", 1)
         if leaf == "router":
-            named[f"{prefix}.gate.weight"] = weight
+            yield f"model.{path}.gate.weight", weight
             continue
         for e, expert in enumerate(weight):
             if leaf == "down":
-                named[f"{prefix}.experts.{e}.down_proj.weight"] = expert
+                yield f"model.{path}.experts.{e}.down_proj.weight", expert
             else:
-                gate, up = expert.chunk(2)
-                named[f"{prefix}.experts.{e}.gate_proj.weight"] = gate
-                named[f"{prefix}.experts.{e}.up_proj.weight"] = up
-    return {k: v.detach().to(torch.bfloat16).contiguous().clone() for k, v in named.items()}
+                for half, part in zip(("gate", "up"), expert.chunk(2), strict=True):
+                    yield f"model.{path}.experts.{e}.{half}_proj.weight", part
+
+
+def restore(model: Olmoe, folder: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
+    for name, weight in published(model):
+        weight.copy_(stored.pop(name))
+    assert not stored, f"not used: {sorted(stored)}"
 
 
 def config(shape: Shape, end: int) -> dict[str, Any]:
@@ -420,7 +497,8 @@ def export(model: Olmoe, tokenizer: Tokenizer, shape: Shape, out: Path) -> None:
         (out / name).write_text(json.dumps(value, indent=2) + "\n")
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     partial = out / "model.safetensors.partial"
-    save_file(tensors(model), partial, metadata={"format": "pt"})
+    rounded = {name: w.to(torch.bfloat16).contiguous() for name, w in published(model)}
+    save_file(rounded, partial, metadata={"format": "pt"})
     partial.chmod(0o644)
     partial.replace(out / "model.safetensors")
 
@@ -428,19 +506,12 @@ def export(model: Olmoe, tokenizer: Tokenizer, shape: Shape, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
-    parser.add_argument("--hours", type=float, default=2.0, help="a cap, for safety only")
-    for kind in (Shape, Settings):
-        for field in fields(kind):
-            if field.type in ("int", "float"):
-                cast = int if field.type == "int" else float
-                flag = f"--{field.name.replace('_', '-')}"
-                parser.add_argument(flag, type=cast, default=field.default)
-    given = vars(parser.parse_args())
-
-    def pick(kind: type) -> dict[str, Any]:
-        return {f.name: given[f.name] for f in fields(kind) if f.name in given}
-
-    train(Shape(**pick(Shape)), Settings(**pick(Settings)), given["out"], given["hours"])
+    parser.add_argument(
+        "--hours", type=float, default=2.0, help="a stage's cap: then its rate falls at once"
+    )
+    given = parser.parse_args()
+    for number, settings in enumerate(STAGES):
+        train(Shape(), settings, given.out, given.hours, given.out if number else None)
 
 
 if __name__ == "__main__":
