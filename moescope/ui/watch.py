@@ -81,7 +81,8 @@ class Watch:
 
     def _on_loaded(self, event: p.Loaded) -> None:
         self.facts = event.facts
-        self.name = str(event.facts.get("name", self.name))
+        if not self.demo:  # its folder has no telling name
+            self.name = str(event.facts.get("name", self.name))
         self.chat = bool(event.facts.get("has_chat_template"))
         self.trace_path = Path(event.trace_path) if event.trace_path else None
         source = self._open_trace(self.trace_path) if self.trace_path else None
