@@ -50,7 +50,7 @@ class Interpreter(Protocol):
     vocab_size: int
     device: str
     dtype: str
-    kernels: dict[str, str]  # operator -> which implementation runs, for the status bar and the trace
+    kernels: dict[str, str]  # operator -> which implementation runs, as the trace records it
 
     def open(self, lanes: int, capacity: int) -> None:
         """Allocate (or re-allocate, losing nothing) state for `lanes` lanes of `capacity` tokens."""

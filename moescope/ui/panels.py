@@ -20,7 +20,7 @@ class MapData:
     """The expert map. `marks` is shape and reads without colour; `levels` is colour."""
 
     levels: NDArray[np.uint8]  # [L, E] recent load, quantised to 0..LEVELS-1
-    marks: NDArray[np.uint8]  # [L, E] 0 nothing, 1 picked by this token (a), 2 by lane B only, 3 both
+    marks: NDArray[np.uint8]  # [L, E] 0 nothing, 1 picked (by lane A only), 2 by B only, 3 both
     num_experts: NDArray[np.int16]  # [L] classes of each router; columns beyond do not exist
     gutter: tuple[str, ...]  # [L] layer labels, "00", "17", "17a" for an attention router
     score_sum: NDArray[np.float32]  # [L] of this token, NaN where unknown
