@@ -26,8 +26,8 @@ class ExitCode(IntEnum):
 class MoescopeError(Exception):
     """Something the user can act on.
 
-    `message` reads `<file>: <field>: expected <X>, found <Y>` where a file is at fault; `hint` is the
-    text after `Try:` (empty when there is nothing to try); `code` is the exit code.
+    `message` reads `<file>: <field>: expected <X>, found <Y>` where a file is at fault; `hint` is
+    the text after `Try:` (empty when there is nothing to try); `code` is the exit code.
     """
 
     def __init__(self, message: str, *, hint: str = "", code: ExitCode = ExitCode.USAGE) -> None:

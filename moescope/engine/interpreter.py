@@ -50,13 +50,13 @@ class Interpreter(Protocol):
     vocab_size: int
     device: str
     dtype: str
-    kernels: dict[str, str]  # operator -> which implementation runs, as the trace records it
+    kernels: dict[str, str]  # operator -> which implementation runs; the trace records it
 
     def open(self, lanes: int, capacity: int) -> None:
         """Allocate (or re-allocate, losing nothing) state for `lanes` lanes of `capacity` tokens."""
 
     def set_policies(self, lane: int, policies: Sequence[RouterPolicy]) -> None:
-        """From the next call on, `lane` routes under these, one per router (K at most min(E, 32))."""
+        """From the next call on, `lane` routes under these, one per router; K up to min(E, 32)."""
 
     def run(
         self,

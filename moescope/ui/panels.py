@@ -1,7 +1,7 @@
 """What each panel draws, as plain frozen values: computed once a tick, compared, then drawn.
 
-Widgets know nothing of frames, traces or engines; they take one of these and draw it. Screens compute
-them (see `view.py`). Letters: L routers, E expert classes. All text in here is already printable.
+Widgets know nothing of frames, traces or engines; they take one of these and draw it. Screens
+compute them (see `view.py`). Letters: L routers, E expert classes. All text is printable already.
 """
 
 from __future__ import annotations
