@@ -283,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=CHECKPOINT)
     parser.add_argument("--out", type=Path, default=FIGURES)
-    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--new-tokens", type=int, default=112)
     given = parser.parse_args()
