@@ -248,6 +248,21 @@ def test_the_refusal_lists_what_is_supported() -> None:
             "rope_scaling.type: expected",
         ),
         (OLMOE, {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: expected a number"),
+        (
+            OLMOE,
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"factor": 4.0}},
+            "rope_parameters: expected the same as rope_scaling",
+        ),
+        (
+            QWEN2,
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
+            "rope_parameters.full_attention: expected no object: this model type has one rope",
+        ),
+        (
+            QWEN3,
+            {"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "rope_theta: expected more than 1 where",
+        ),
         (MIXTRAL, {"rope_theta": None}, "rope_theta: expected a number (this family's usual is"),
         (FLEX, {"rope_theta": None}, "rope_theta: expected a number (this family's usual is"),
         (MIXTRAL, {"sliding_window": 0}, "sliding_window: expected an integer 1.."),

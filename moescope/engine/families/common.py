@@ -47,9 +47,12 @@ class Sizes:
     tied: bool
 
 
-def read_sizes(config: Fields, *, eps: float) -> Sizes:
+def read_sizes(config: Fields, *, eps: float, context: int, kv_heads: int | None = None) -> Sizes:
+    """`eps`, `context` and `kv_heads` are what the family's own code takes where the config is
+    silent; `kv_heads` None: as many as there are heads."""
     heads = config.int("num_attention_heads", 1, COUNT)
-    kv_heads = config.int("num_key_value_heads", 1, COUNT, heads)
+    if kv_heads is None or "num_key_value_heads" in config.values:
+        kv_heads = config.int("num_key_value_heads", 1, COUNT, heads)
     hidden = config.int("hidden_size", 1, SIZE)
     if heads % kv_heads:
         raise config.error("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
@@ -66,7 +69,7 @@ def read_sizes(config: Fields, *, eps: float) -> Sizes:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        context=config.int("max_position_embeddings", 1, 1 << 30, 4096),
+        context=config.int("max_position_embeddings", 1, 1 << 30, context),
         eps=config.float("rms_norm_eps", 0.0, 1.0, default=eps),
         tied=config.bool("tie_word_embeddings", False),
     )
@@ -80,7 +83,7 @@ def read_rope(
     Where the config gives no base and the family's own default is not the usual 10000, it is
     refused: a program that filled in 10000 would be fluent and wrong.
     """
-    source = config.fields("rope_parameters") or config.fields("rope_scaling")
+    source = _rope_object(config)
     theta = source.float("rope_theta", 1.0, 1e15, default=None) if source else None
     if theta is None:
         theta = config.float("rope_theta", 1.0, 1e15, default=None)
@@ -91,17 +94,29 @@ def read_rope(
     for holder in (config, source):
         if holder is not None and holder.float("partial_rotary_factor", default=1.0) != 1.0:
             raise holder.error("partial_rotary_factor", "1 for this model type")
-    scaling = None if source is None else _read_scaling(source, config, sizes)
+    scaling = None if source is None else _read_scaling(source, config, sizes, theta)
     return Rope(theta, sizes.head_dim, scaling=scaling, applies=applies)
 
 
-def _read_scaling(source: Fields, config: Fields, sizes: Sizes) -> RopeScaling | None:
+def _rope_object(config: Fields) -> Fields | None:
+    """`rope_parameters` or, in the older dialect, `rope_scaling`: flat, and not two that differ."""
+    given = [name for name in ("rope_parameters", "rope_scaling") if config.raw(name)]
+    source = config.fields(tuple(given)) if given else None
+    for name in source.values if source else ():
+        if source is not None and isinstance(source.values[name], dict):
+            raise source.error(name, "no object: this model type has one rope for all layers")
+    return source
+
+
+def _read_scaling(source: Fields, config: Fields, sizes: Sizes, theta: float) -> RopeScaling | None:
     kind = source.str(("rope_type", "type"), ("default", "linear", "yarn"), default="default")
     if kind == "default":
         return None
     factor = source.float("factor", 1e-3, 1e6)
     if kind == "linear":
         return RopeScaling("linear", factor)
+    if theta <= 1.0:
+        raise config.error("rope_theta", "more than 1 where frequencies are stretched by yarn")
     original = config.int("original_max_position_embeddings", 1, 1 << 30, None)
     if original is None:
         original = source.int("original_max_position_embeddings", 1, 1 << 30, sizes.context)

@@ -9,7 +9,7 @@ from moescope.engine.families import common
 
 def mixtral(config: Fields) -> DecoderSpec:
     """arXiv 2401.04088; transformers `modeling_mixtral.py`. Jitter is for training only."""
-    sizes = common.read_sizes(config, eps=1e-5)
+    sizes = common.read_sizes(config, eps=1e-5, context=131072, kv_heads=8)
     rope = common.read_rope(config, sizes, usual_theta=1e6)
     mixer = common.attention(sizes, rope, window=config.int("sliding_window", 1, 1 << 30, 0))
     router = common.softmax_router(config, renormalises=True, combine="float32")

@@ -9,7 +9,7 @@ from moescope.engine.families import common
 
 def olmoe(config: Fields) -> DecoderSpec:
     """arXiv 2409.02060; transformers `modeling_olmoe.py`. `clip_qkv` clamps after the norms."""
-    sizes = common.read_sizes(config, eps=1e-5)
+    sizes = common.read_sizes(config, eps=1e-5, context=4096)
     bias = config.bool("attention_bias", False)
     mixer = common.attention(
         sizes,
@@ -28,7 +28,7 @@ def olmoe(config: Fields) -> DecoderSpec:
 def flex_olmo(config: Fields) -> DecoderSpec:
     """arXiv 2507.07024; transformers `modeling_flex_olmo.py`: norms and rope round once, at the
     end, and the router reads the residual as it is."""
-    sizes = common.read_sizes(config, eps=1e-6)
+    sizes = common.read_sizes(config, eps=1e-6, context=4096)
     bias = config.bool("attention_bias", False)
     mixer = common.attention(
         sizes,

@@ -14,7 +14,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def qwen2_moe(config: Fields) -> DecoderSpec:
-    sizes = common.read_sizes(config, eps=1e-6)
+    sizes = common.read_sizes(config, eps=1e-6, context=32768, kv_heads=16)
     shared = MLP(
         sizes.hidden,
         config.int("shared_expert_intermediate_size", 1, common.SIZE),
@@ -30,7 +30,7 @@ def qwen2_moe(config: Fields) -> DecoderSpec:
 
 
 def qwen3_moe(config: Fields) -> DecoderSpec:
-    sizes = common.read_sizes(config, eps=1e-6)
+    sizes = common.read_sizes(config, eps=1e-6, context=32768, kv_heads=4)
     moe = MoE(sizes.hidden, common.softmax_router(config), _experts(config))
     bias = config.bool("attention_bias", False)
     window = _window(config)
@@ -64,7 +64,9 @@ def _layers(config: Fields, sizes: common.Sizes, mixers: list[Attention], moe: M
 
 
 def _window(config: Fields) -> int:
-    if not config.bool("use_sliding_window", False):
+    """0: none. An absent width is 4096, one that is null is none (transformers' config classes)."""
+    null = "sliding_window" in config.values and not config.has("sliding_window")
+    if null or not config.bool("use_sliding_window", False):
         return 0
     return config.int("sliding_window", 1, 1 << 30, 4096)
 
