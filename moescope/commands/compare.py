@@ -65,8 +65,9 @@ def run(args: argparse.Namespace) -> int:
 def _print(outcome: Any, teacher_forced: bool) -> None:
     for lane in outcome.lanes:
         print(f"{_letter(lane.lane)}  {lane.variant}")
-        text = options.plain(lane.text) or f"ids {lane.token_ids}"
-        print(textwrap.indent(textwrap.fill(text, WIDTH), "   "))
+        text = options.plain(lane.text.strip("\n")) or f"ids {lane.token_ids}"
+        for line in text.splitlines():
+            print(textwrap.indent(textwrap.fill(line, WIDTH), "   "))
     fed = "all lanes fed lane A's text" if teacher_forced else "each lane writes its own text"
     for found in outcome.comparisons:
         print(f"\n{_letter(found.lane_a)} and {_letter(found.lane_b)}: {fed}")

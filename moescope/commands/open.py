@@ -16,6 +16,9 @@ SQLITE_MAGIC = b"SQLite format 3\0"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "moescope [PATH] [options]"
     options.add_model(parser, optional=True)
+    parser.add_argument("--prompt", metavar="T", default="", help="begin with this prompt")
+    options.add_sampling(parser)
+    parser.set_defaults(max_new_tokens=256)
     options.add_recording(parser, record="logits")
 
 
@@ -32,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
         durable=args.durable,
         force=args.force,
     )
-    return run_app(request, replay=None)
+    sampling = options.sampling_of(args)
+    return run_app(request, replay=None, prompt=args.prompt, sampling=sampling)
 
 
 def _is_trace(path: Path) -> bool:

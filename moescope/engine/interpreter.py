@@ -53,7 +53,7 @@ class Interpreter(Protocol):
     kernels: dict[str, str]  # operator -> which implementation runs; the trace records it
 
     def open(self, lanes: int, capacity: int) -> None:
-        """Allocate (or re-allocate, losing nothing) state for `lanes` lanes of `capacity` tokens."""
+        """Allocate state for `lanes` lanes of `capacity` tokens; growing loses nothing."""
 
     def set_policies(self, lane: int, policies: Sequence[RouterPolicy]) -> None:
         """From the next call on, `lane` routes under these, one per router; K up to min(E, 32)."""

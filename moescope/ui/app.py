@@ -26,7 +26,7 @@ from textual.filter import LineFilter
 from textual.screen import Screen
 
 from moescope.demo import CHECKPOINT
-from moescope.engine.protocol import LoadRequest
+from moescope.engine.protocol import LoadRequest, Sampling
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import printable
 from moescope.ui import keys
@@ -43,14 +43,23 @@ NICENESS = 5  # drawing may wait, the engine may not
 Opener = Callable[[Path], Watch]
 
 
-def run(request: LoadRequest | None, replay: Path | None) -> int:
-    """Open the screen on a model, a recorded trace, or (both None) the embedded demo model. Returns
-    the exit code. Raises MoescopeError where a trace cannot be read."""
+def run(
+    request: LoadRequest | None,
+    replay: Path | None,
+    *,
+    prompt: str = "",
+    sampling: Sampling | None = None,
+) -> int:
+    """Open the screen on a model, a recorded trace, or (both None) the embedded demo model, and
+    begin with `prompt` if there is one. Returns the exit code. Raises MoescopeError where a trace
+    cannot be read."""
     if request is None and replay is None:
         request = LoadRequest(model=str(CHECKPOINT))
     # Engines are started from a thread of ordinary priority: a child inherits its starter's.
     with ThreadPoolExecutor(1) as starter:
         watch = open_watch(request, replay, starter)
+        watch.opening = prompt
+        watch.sampling = sampling or watch.sampling
         with contextlib.suppress(OSError, AttributeError):
             os.nice(NICENESS)
         app = MoescopeApp(watch, partial(open_path, starter, request))

@@ -55,6 +55,7 @@ class Watch:
         self.turns: list[tuple[str, str]] = []
         self.chat = False
         self.demo = False  # the embedded model: starts by itself
+        self.opening = ""  # a prompt to begin with
         self.trace_path: Path | None = None
         self.private = True  # the trace is deleted on a clean exit unless saved
         self.saved = 0  # frames that were in the trace when it was saved
@@ -128,9 +129,6 @@ class Watch:
 
     def _on_finished(self, event: p.Finished) -> None:
         self.finished[event.lane] = event.reason
-        if event.reason == "invalid_logits":
-            text = f"lane {event.lane + 1} stopped at token {event.position}: logits not finite"
-            self.notes.append(p.Note(text, "error"))
 
     def _on_note(self, event: p.Note) -> None:
         self.notes.append(event)
@@ -218,11 +216,12 @@ class Watch:
         return sum(lane.count for lane in self.history.lanes.values()) - self.saved
 
     def close(self) -> None:
+        # The reader first: the writer folds its file into one when nobody reads it.
+        if self.history is not None and self.history.source is not None:
+            self.history.source.close()
         if self.link is not None:
             self.link.close()
             self.link = None
-        if self.history is not None and self.history.source is not None:
-            self.history.source.close()
 
 
 def watch_trace(path: Path) -> Watch:

@@ -193,6 +193,8 @@ class MainScreen(MainKeys):
             if lane is not None and lane.count:
                 decoding = [i for i in range(lane.count) if lane.phase[i]]
                 self.look.row = decoding[0] if decoding else 0
+        elif self.subject.opening:
+            self.ask(self.subject.opening)
         elif self.subject.demo and self.subject.generate is None:
             self.pace, self.tour = Pace(DEMO_PACE), Tour()
         self.set_class(replay, "-replay")
