@@ -55,7 +55,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "layout": ", ".join(plan.layouts) if plan is not None else None,
         "tokenizer": (checkpoint.folder / "tokenizer.json").is_file(),
         "layers": [[first, last, line] for first, last, line in _layer_runs(spec)],
-        "notes": list(checkpoint.notes),
+        "notes": [*checkpoint.notes, *(plan.notes() if plan is not None else [])],
     }
 
 

@@ -7,6 +7,7 @@ place (experts into one tensor per layer), so that little more than the weights 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -33,6 +34,8 @@ RESERVE = 0.02  # of the weights: buffers, logits, the allocator's rounding
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _REPORT_SECONDS = 0.05
+NOTES = 8  # about tensors, before they are only counted
+PIECE = 4 << 20  # elements looked at together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +80,7 @@ def load_model(request: LoadRequest, progress: Progress = lambda event: None) ->
     progress(Loading("preparing", 0, 0, "cache and kernels"))
     interpreter = _interpreter(found, weights)
     interpreter.open(1, found.memory["cache_tokens"])
-    found.facts["notes"] = [*found.checkpoint.notes, *notes]
+    found.facts["notes"] = [*found.checkpoint.notes, *found.plan.notes(), *notes]
     found.facts["kernels"] = dict(interpreter.kernels)
     return LoadedModel(interpreter, found.spec, found.checkpoint, found.facts, found.memory)
 
@@ -232,7 +235,8 @@ class _Reporter:
 
 
 def _read(found: Inspected, progress: Progress) -> tuple[dict[str, Tensor], list[str]]:
-    """Fill every tensor of the plan; notes say what is odd about the routers' numbers."""
+    """Fill every tensor of the plan; notes say where numbers are not finite. Experts are not looked
+    at: theirs show in the next router, while attention's may vanish in a softmax."""
     checkpoint = found.checkpoint
     pieces = [piece for placement in found.plan.placements for piece in placement.pieces]
     report = _Reporter(progress, sum(checkpoint.tensors[piece.source].nbytes for piece in pieces))
@@ -243,12 +247,21 @@ def _read(found: Inspected, progress: Progress) -> tuple[dict[str, Tensor], list
         for piece in placement.pieces:
             report.what = checkpoint.tensors[piece.source].shard
             checkpoint.read_torch(piece.source, out=_rows(target, piece), progress=report)
-        if placement.target.split(".")[-2] == "gate" and (bad := _non_finite(target)):
-            layer = placement.target.split(".")[1]
-            notes.append(f"layer {layer}: the router holds {bad} values that are not finite")
+        if len(placement.shape) < 3 and (count := _non_finite(target)):
+            notes.append(f"{_called(placement.target)} holds {count} values that are not finite")
         weights[placement.target] = target
     checkpoint.verify_unchanged()
+    if len(notes) > NOTES:
+        notes[NOTES:] = [f"and {len(notes) - NOTES} more tensors with values that are not finite"]
     return weights, notes
+
+
+def _called(target: str) -> str:
+    """A tensor of ours in words."""
+    words = target.split(".")
+    if words[0] != "layers":
+        return target
+    return f"layer {words[1]}: " + ("the router" if words[-2] == "gate" else ".".join(words[2:]))
 
 
 def _empty(shape: tuple[int, ...], found: Inspected) -> Tensor:
@@ -270,7 +283,15 @@ def _rows(target: Tensor, piece: Piece) -> Tensor:
 
 
 def _non_finite(tensor: Tensor) -> int:
-    return int((~tensor.isfinite()).sum())
+    """How many values are NaN or infinite; in pieces, and counted only where a sum is not finite,
+    so that looking costs little time and less memory."""
+    rows = max(1, PIECE // max(1, tensor[:1].numel()))
+    parts = (tensor[at : at + rows] for at in range(0, len(tensor), rows))
+    return sum(
+        int((~part.isfinite()).sum())
+        for part in parts
+        if not math.isfinite(part.float().sum().item())
+    )
 
 
 def _interpreter(found: Inspected, weights: dict[str, Tensor]) -> Interpreter:
@@ -304,5 +325,5 @@ def _facts(
         "vocab_size": spec.vocab_size,
         "layout": ", ".join(plan.layouts),
         "unused_tensors": len(plan.unused),
-        "notes": list(checkpoint.notes),
+        "notes": [*checkpoint.notes, *plan.notes()],
     }

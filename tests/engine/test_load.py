@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moescope.engine import load
+from moescope.engine.checkpoint import Checkpoint
+from moescope.engine.describe import describe
 from moescope.engine.load import inspect, load_model
 from moescope.engine.protocol import Loading, LoadRequest
 from moescope.errors import ExitCode, MoescopeError
@@ -122,7 +124,17 @@ def test_packed_dtypes_are_refused(folder: Path) -> None:
 
 def test_tensors_that_nothing_reads_are_counted(folder: Path) -> None:
     rewrite(folder, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(8))
-    assert load_model(LoadRequest(str(folder), device="cpu")).facts["unused_tensors"] == 1
+    facts = load_model(LoadRequest(str(folder), device="cpu")).facts
+    assert facts["unused_tensors"] == 1 and facts["notes"] == []
+
+
+def test_a_bias_that_nothing_reads_is_told(folder: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.bias"
+    rewrite(folder, **{name: torch.zeros(64), name.replace("q_", "k_"): torch.zeros(32)})
+    note = "model.layers.0.self_attn.k_proj.bias and 1 more: not read, config.json asks for no such"
+    assert load_model(LoadRequest(str(folder), device="cpu")).facts["notes"] == [f"{note} tensor"]
+    with Checkpoint.open(folder) as checkpoint:
+        assert describe(checkpoint)["notes"] == [f"{note} tensor"]
 
 
 def test_a_router_with_nan_loads_with_a_note(folder: Path) -> None:
@@ -131,6 +143,31 @@ def test_a_router_with_nan_loads_with_a_note(folder: Path) -> None:
     rewrite(folder, model__layers__1__mlp__gate__weight=gate)
     notes = load_model(LoadRequest(str(folder), device="cpu")).facts["notes"]
     assert notes == ["layer 1: the router holds 2 values that are not finite"]
+
+
+def test_nan_that_a_softmax_would_swallow_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU's attention makes 0 of queries that are NaN: text goes on, and is not the model's."""
+    held = load_file(folder / "model.safetensors")
+    query, embed = (
+        held[f"model.{n}.weight"] for n in ("layers.0.self_attn.q_proj", "embed_tokens")
+    )
+    query[:2], embed[7] = float("nan"), float("inf")
+    rewrite(
+        folder,
+        model__layers__0__self_attn__q_proj__weight=query,
+        model__embed_tokens__weight=embed,
+    )
+    monkeypatch.setattr(load, "PIECE", 1000)
+    told = [
+        "embed.weight holds 64 values that are not finite",
+        "layer 0: attention.qkv.weight holds 128 values that are not finite",
+    ]
+    assert load_model(LoadRequest(str(folder), device="cpu")).facts["notes"] == told
+    monkeypatch.setattr(load, "NOTES", 1)
+    notes = load_model(LoadRequest(str(folder), device="cpu")).facts["notes"]
+    assert notes == [told[0], "and 1 more tensors with values that are not finite"]
 
 
 def test_too_little_memory_is_told_before_reading(

@@ -82,6 +82,9 @@ POST_NORM_NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
+_HARMLESS = ("lm_head.weight", ".rotary_emb.inv_freq")
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One published tensor, and the rows of the target it fills (of one expert, or of all)."""
@@ -107,6 +110,17 @@ class Plan:
     placements: tuple[Placement, ...]
     layouts: tuple[str, ...]  # titles of the expert layouts met
     unused: tuple[str, ...]  # published tensors that nothing reads
+
+    def notes(self) -> list[str]:
+        """What a user should know of tensors that nothing reads: a bias left out is a wrong number.
+        A second copy of a tied head, and frequencies that are computed anyway, are harmless."""
+        found = [name for name in self.unused if not name.endswith(_HARMLESS)]
+        if not found:
+            return []
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        return [
+            f"{single_line(found[0], 200)}{more}: not read, config.json asks for no such tensor"
+        ]
 
 
 def place(
