@@ -46,37 +46,31 @@ Runner = Callable[[list[int], str, int], Run]
 Line = tuple[str, str]  # what was written, under which heading
 
 
-def transformers_runner(folder: Path) -> Runner:
-    """(prompt ids, variant, new tokens) -> `Run`, greedy, in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def engine_runner(folder: Path) -> Runner:
+    """(prompt ids, variant, new tokens) -> `Run`, greedy, in float32, by moescope's own engine."""
+    from moescope import variants
+    from moescope.engine.load import load_model
+    from moescope.engine.protocol import LoadRequest
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    gates = [layer.mlp.gate for layer in model.model.layers]
-    end = model.config.eos_token_id
-    rows: list[torch.Tensor] = []
-    for gate in gates:
-        gate.register_forward_hook(lambda module, args, out: rows.append(out[0]))
+    model = load_model(LoadRequest(str(folder), device="cpu", dtype="float32"))
+    engine = model.interpreter
+    end = model.checkpoint.config["eos_token_id"]
 
-    @torch.no_grad()
     def run(prompt: list[int], variant: str, new_tokens: int) -> Run:
-        for gate in gates:
-            gate.norm_topk_prob = variant == FAULT  # softmax over the picked ≡ renormalise
-        rows.clear()
-        out = model(torch.tensor([prompt]), use_cache=new_tokens > 0)
-        scores = torch.stack(rows).softmax(-1).numpy()
-        logits = out.logits[0].numpy()
+        specs = [variants.apply(variant, router.spec, router.layer) for router in engine.routers]
+        engine.open(1, len(prompt) + new_tokens)
+        engine.truncate(0, 0)
+        engine.set_policies(0, [spec.policy for spec in specs])
+        out = engine.run([0], np.array([prompt]), all_logits=True, record="logits")
+        odds = np.exp(out.router_logits[0] - out.router_logits[0].max(-1, keepdims=True))
+        scores = (odds / odds.sum(-1, keepdims=True)).swapaxes(0, 1)  # [L, T, E]
+        logits = out.logits[0].copy()
         written: list[int] = []
-        ended = False
-        while new_tokens > 0:
-            token = int(out.logits[0, -1].argmax())
-            ended = token == end
-            if ended or len(written) == new_tokens:
-                break
+        token = int(logits[-1].argmax())
+        while token != end and len(written) < new_tokens:
             written.append(token)
-            out = model(torch.tensor([[token]]), past_key_values=out.past_key_values)
-        rows.clear()
-        return Run(written, ended, logits, scores)
+            token = int(engine.run([0], np.array([[token]])).logits[0, -1].argmax())
+        return Run(written, token == end and new_tokens > 0, logits, scores)
 
     return run
 
@@ -267,7 +261,7 @@ def measure(folder: Path, prompts: int, documents: int, new_tokens: int) -> dict
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = json.loads((folder / "config.json").read_text())
     weights = (folder / "model.safetensors").read_bytes()
-    run = transformers_runner(folder)
+    run = engine_runner(folder)
     figures: dict[str, Any] = {
         "model_sha256": hashlib.sha256(weights).hexdigest(),
         "prompts_per_domain": prompts,

@@ -109,10 +109,9 @@ def test_the_readme_states_these_figures() -> None:
 
 
 def test_it_writes_right_lines_as_trained_and_drifts_under_the_fault() -> None:
-    pytest.importorskip("transformers")
     from tokenizers import Tokenizer
 
-    run = measure.transformers_runner(CHECKPOINT)
+    run = measure.engine_runner(CHECKPOINT)
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     shares = {}
     for variant in (measure.TRAINED, measure.FAULT):
