@@ -54,7 +54,7 @@ class LayerData:
     near_tie: bool
     score_sum: float | None  # sum of combine weights
     sum_range: tuple[float, float] | None  # p10, p90 over the last tokens
-    sum_expected: str  # "1 by the spec", "below 1", "2.5 by the spec", "" where nothing is known
+    sum_expected: str  # "trained: 1", "trained: below 1", "" where nothing is known
     sum_wrong: bool
     mass: float | None  # before normalisation and scaling
     entropy: float | None  # nats
@@ -110,7 +110,7 @@ class TokenData:
     alternatives: tuple[tuple[str, float], ...]  # (text, probability)
     shared_with_previous: tuple[int, int] | None  # picks shared with the token before, of how many
     near_ties: tuple[int, int] | None  # routers with a near tie, of how many
-    near_tie_below: float
+    near_tie_below: float  # relative to the value at the cut
     new_experts: int | None  # experts first used here
     variants: tuple[str, ...] = ()  # "same logits under B: same ids, Σ 1.000"
 

@@ -272,8 +272,8 @@ def expected_sum(allowed: float | tuple[float, float] | None) -> str:
     if allowed is None:
         return ""
     if isinstance(allowed, tuple):
-        return f"below {allowed[1]:g}" if np.isfinite(allowed[1]) else ""
-    return f"{allowed:g} by the spec"
+        return f"trained: below {allowed[1]:g}" if np.isfinite(allowed[1]) else ""
+    return f"trained: {allowed:g}"
 
 
 def bar_variants(table: RouterTable) -> tuple[str, ...]:

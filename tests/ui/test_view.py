@@ -101,7 +101,7 @@ def test_layer_panel_has_the_first_expert_that_was_not_chosen():
     assert data.runner_up.score == pytest.approx(scores[order[4]], abs=1e-6)
     assert data.margin == pytest.approx(scores[order[3]] - scores[order[4]], abs=1e-6)
     assert data.score_sum == pytest.approx(scores[order[:4]].sum(), abs=1e-6)
-    assert data.sum_expected == "below 1" and not data.sum_wrong
+    assert data.sum_expected == "trained: below 1" and not data.sum_wrong
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def facts(data: TokenData) -> list[tuple[str, str]]:
     """Label and value of each routing fact that is known."""
     pairs = [
         ("picks shared with the token before", data.shared_with_previous),
-        (f"routers with a near tie (Δ < {data.near_tie_below:g})", data.near_ties),
+        (f"routers with a near tie (within {100 * data.near_tie_below:g} %)", data.near_ties),
     ]
     known = [(label, f"{pair[0]}/{pair[1]}") for label, pair in pairs if pair is not None]
     if data.new_experts is not None:
