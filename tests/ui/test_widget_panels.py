@@ -235,7 +235,7 @@ async def test_the_token_panel() -> None:
         "“ the”",
         "214/384",
         "9/48",
-        "Δ < 0.01",
+        "within 1 %",
         "Σ 1.000",
     ):
         assert words in text
