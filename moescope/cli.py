@@ -7,6 +7,7 @@ to standard error. Verbs live in `commands/`; only the chosen one is imported, w
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -27,6 +28,7 @@ VERBS: dict[str, str] = {
     "doctor": "versions, devices, terminal and folders, for bug reports",
 }
 SCREENS = ("open", "replay")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EPILOG = """examples:
   moescope                                    the embedded demo model
   moescope path/to/model                      a folder, or org/name in the local hub cache
@@ -58,7 +60,10 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line in this process. Never raises; returns the exit code."""
     debug = "--debug" in arguments
     try:
-        return _dispatch([a for a in arguments if a != "--debug"])
+        code = _dispatch([a for a in arguments if a != "--debug"])
+        if sys.stdout is not None:  # closed, as with >&-
+            sys.stdout.flush()
+        return code
     except SystemExit as end:  # argparse
         return end.code if isinstance(end.code, int) else int(ExitCode.USAGE)
     except MoescopeError as error:
@@ -69,14 +74,22 @@ def run(arguments: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:
         # The reader went away (`| head`): end as silently as a signal would have.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 141
     except MemoryError:
         return complain("out of memory", "a smaller --dtype or --max-context", ExitCode.RESOURCES)
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in FULL:
+            _mute()
+            return complain(f"output: {error.strerror}".lower(), code=ExitCode.OUTPUT)
         return _bug(error, arguments)
+
+
+def _mute() -> None:
+    """What is still to be written goes nowhere, so that the interpreter's end cannot fail on it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:

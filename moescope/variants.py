@@ -356,6 +356,8 @@ def _parse_item(text: str, expression: str) -> str | Edit:
     name, operator, value = found.groups()
     name = _ALIASES.get(name, name)
     hints = {**_hints(RouterPolicy), **_hints(RouterWiring)}
+    if name in CATALOGUE:
+        _refuse(expression, f"{name} takes no {operator!r}; a comma joins several")
     if name not in hints:
         _refuse(expression, _unknown(name, [*hints, *CATALOGUE]))
     if name in ("num_experts", "num_null_experts"):

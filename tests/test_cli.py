@@ -199,6 +199,37 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "moescope", *arguments]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_that_takes_no_more_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command("variants"), stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+    assert done.returncode == ExitCode.OUTPUT
+    assert done.stderr == "moescope: output: no space left on device\n"
+
+
+def test_a_recording_that_stopped_is_an_exit_code(capsys, model, tmp_path, monkeypatch) -> None:
+    from moescope.errors import MoescopeError
+    from moescope.trace.store import TraceWriter
+
+    def full(*_: object) -> None:
+        raise MoescopeError("run.moetrace: disk full", code=ExitCode.OUTPUT)
+
+    monkeypatch.setattr(TraceWriter, "append", full)
+    for verb in (("trace",), ("compare", "--variant", "softmax_over_selected")):
+        options = ("--prompt", "Hi", "--max-new-tokens", "3", "-o", str(tmp_path / verb[0]))
+        code, out, err = run(capsys, verb[0], model, *verb[1:], *options)
+        assert code == ExitCode.OUTPUT and "run.moetrace: disk full" in err
+        assert out.strip(), "the text is written all the same"
+
+
+def test_a_full_context_is_told(capsys, model) -> None:
+    options = ("--prompt", "Hi", "--max-context", "6", "--variant", "logits_bf16")
+    assert "the context is full" in run(capsys, "compare", model, *options)[1]
+    assert "the context is full" in run(capsys, "generate", model, *options)[2]
+
+
 def test_a_closed_pipe_ends_quietly(model) -> None:
     line = " ".join(command("variants", model)) + " | head -1"
     done = subprocess.run(

@@ -156,6 +156,7 @@ def test_there_is_one_way_to_write_an_expression(expression: str, written: str) 
     ("expression", "says"),
     [
         ("softmax_over_selectd", "unknown name 'softmax_over_selectd'; did you mean softmax_over"),
+        ("logits_bf16+softmax_over_selected", r"logits_bf16 takes no '\+'; a comma joins several"),
         ("norm_topk_prb=true", "unknown name 'norm_topk_prb'; did you mean norm_topk_prob"),
         ("norm_topk_prob=1", "norm_topk_prob: expected true or false, found '1'"),
         ("norm_topk_prob+1", "norm_topk_prob: only whole numbers can be raised or lowered"),

@@ -57,14 +57,16 @@ def run(args: argparse.Namespace) -> int:
         options.print_json({"model": model.facts["name"], "mode": mode, **outcome.to_json()})
     else:
         _print(outcome, args.teacher_forced)
-    if outcome.invalid:
-        running.talk(outcome.invalid)
-    return int(bool(outcome.invalid))
+    for message in (outcome.invalid, outcome.stopped):
+        if message:
+            running.talk(message)
+    return running.ending(outcome.invalid, bool(outcome.stopped))
 
 
 def _print(outcome: Any, teacher_forced: bool) -> None:
     for lane in outcome.lanes:
-        print(f"{_letter(lane.lane)}  {lane.variant}")
+        full = "  (the context is full: --max-context)" if lane.reason == "context" else ""
+        print(f"{_letter(lane.lane)}  {lane.variant}{full}")
         text = options.plain(lane.text.strip("\n")) or f"ids {lane.token_ids}"
         for line in text.splitlines():
             print(textwrap.indent(textwrap.fill(line, WIDTH), "   "))

@@ -50,7 +50,7 @@ def stream(args: argparse.Namespace) -> int:
             options.print_json(summary(session, model, args))
         if writer is not None:
             running.talk(f"{args.output}: {writer.acknowledged} tokens recorded")
-    return int(bool(session.invalid))
+    return running.ending(session.invalid, session.recorder.failure is not None)
 
 
 def _print_stream(session: Any, request: Any, *, quiet: bool) -> None:

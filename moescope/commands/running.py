@@ -13,6 +13,7 @@ from typing import Any
 
 from moescope.commands import options
 from moescope.engine.protocol import Event, Finished, Loading, Note
+from moescope.errors import ExitCode
 
 PROGRESS_S = 0.1
 
@@ -42,6 +43,13 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     for note in model.facts["notes"]:
         talk(note)
     return request, model, tokenizer
+
+
+def ending(invalid: str, recording_stopped: bool) -> int:
+    """The exit code of a run: what the model did says more than what the disk did."""
+    if invalid:
+        return int(ExitCode.FOUND)
+    return int(ExitCode.OUTPUT if recording_stopped else ExitCode.DONE)
 
 
 def talk(text: str) -> None:

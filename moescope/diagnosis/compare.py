@@ -279,6 +279,7 @@ class CompareRun:
     lanes: tuple[LaneResult, ...]
     comparisons: tuple[Comparison, ...]
     invalid: str  # the message, where generation met logits that are not finite
+    stopped: str  # the message, where the recording stopped before the end
 
     def to_json(self) -> dict[str, Any]:
         document: dict[str, Any] = _plain(self)
@@ -335,4 +336,6 @@ def run_compare(
         )
         for lane in session.lanes.values()
     )
-    return CompareRun(lanes, tuple(p.result() for p in pairings), session.invalid)
+    failure = session.recorder.failure
+    stopped = "" if failure is None else failure.message
+    return CompareRun(lanes, tuple(p.result() for p in pairings), session.invalid, stopped)

@@ -149,9 +149,17 @@ def policies_of(expression: str, routers: Sequence[Router], dtype: str) -> tuple
     """The policy of each router under `expression`; refuses what edits the wiring."""
     from moescope import variants
 
+    edits = variants.parse(expression)
+    for group in edits.groups:
+        if not any(group.holds(router.layer) for router in routers):
+            raise MoescopeError(
+                f"variant {str(group)!r}: expected layers with a router, "
+                f"{routers[0].layer} to {routers[-1].layer}",
+                code=ExitCode.USAGE,
+            )
     policies = []
     for router in routers:
-        spec = variants.apply(expression, router.spec, router.layer).resolved(dtype)
+        spec = variants.apply(edits, router.spec, router.layer).resolved(dtype)
         for name in (item.name for item in fields(spec.wiring)):
             if getattr(router.spec.wiring, name) != getattr(spec.wiring, name):
                 raise MoescopeError(

@@ -91,16 +91,21 @@ def _router_info(router: Router) -> RouterInfo:
 def check_place(path: Path, force: bool = False) -> None:
     """Refuse a file that could not be recorded into before a model is loaded for it."""
     try:
-        taken = path.is_dir() or (not force and path.exists() and path.stat().st_size > 0)
-        missing = not path.parent.is_dir()
+        exists, missing = path.exists(), not path.parent.is_dir()
+        special = exists and not path.is_file()
+        taken = exists and not force and path.stat().st_size > 0
     except OSError as error:
         raise MoescopeError(
             f"{single_line(str(path))}: {error.strerror}", code=ExitCode.OUTPUT
         ) from None
-    if taken or missing:
-        problem = "the folder does not exist" if missing else "already exists"
-        hint = "another name, or --force to replace it" if taken else "another name"
-        raise MoescopeError(f"{single_line(str(path))}: {problem}", hint=hint, code=ExitCode.OUTPUT)
+    for wrong, problem, hint in (
+        (missing, "the folder does not exist", "another name"),
+        (special, f"is {'a folder' if path.is_dir() else 'no regular file'}", "another name"),
+        (taken, "already exists", "another name, or --force to replace it"),
+    ):
+        if wrong:
+            shown = f"{single_line(str(path))}: {problem}"
+            raise MoescopeError(shown, hint=hint, code=ExitCode.OUTPUT)
 
 
 def open_writer(request: LoadRequest, meta: TraceMeta, private: bool) -> Any:

@@ -7,6 +7,8 @@ Every 256 frames the tail becomes a chunk. The bytes are made in `record.py` and
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
 import os
@@ -36,6 +38,7 @@ QUEUE_BYTES = 32 << 20  # waiting for the writer thread; when full, `append` wai
 QUEUE_ITEMS = 512
 PREFILL_FRAMES, PREFILL_S = 16, 0.050
 CLOSE_PATIENCE_S = 0.25  # for live readers to notice the end; else the last of them tidies up
+BESIDE = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a file
 FREED_SHARE = 0.05  # of the limit, freed at once: not every chunk shall begin by making room
 
 
@@ -184,25 +187,40 @@ class TraceWriter:
         self._clear_place(force)
         try:
             db = database.create(self.path)
-            self._rows = {"meta": json.dumps(to_json(self.meta))}
-            self._rows["writer"] = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-            for router, tensors in self.meta.router_tensors.items():
-                for name, array in tensors.items():
-                    self._rows[f"tensor/{router}/{name}"] = pack(array)
-            db.execute("BEGIN IMMEDIATE")
-            _write_rows(db, self._rows)
-            db.execute("COMMIT")
-            # A copy made while recording shall at least have the tables and say what it is. One
-            # sync for all of this; its descriptor stays open, for closing it would take away the
-            # locks that SQLite has on the file in this process.
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-            os.fsync(self._descriptor)
-            db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            self._lock = lock.hold(database.wal_path(self.path))
+            try:
+                self._begin(db, durable)
+            except BaseException:
+                db.close()
+                raise
         except (sqlite3.Error, OSError) as error:
+            if _is_full(error):  # any other error may be about a file that somebody else made
+                self._remove()
             raise _output_error(self._shown, f"cannot be written: {_reason(error)}") from error
         return db
+
+    def _begin(self, db: sqlite3.Connection, durable: bool) -> None:
+        """What is in a trace before its first frame."""
+        self._rows = {"meta": json.dumps(to_json(self.meta))}
+        self._rows["writer"] = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        for router, tensors in self.meta.router_tensors.items():
+            for name, array in tensors.items():
+                self._rows[f"tensor/{router}/{name}"] = pack(array)
+        db.execute("BEGIN IMMEDIATE")
+        _write_rows(db, self._rows)
+        db.execute("COMMIT")
+        # A copy made while recording shall at least have the tables and say what it is. One
+        # sync for all of this; its descriptor stays open, for closing it would take away the
+        # locks that SQLite has on the file in this process.
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+        os.fsync(self._descriptor)
+        db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+        self._lock = lock.hold(database.wal_path(self.path))
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            for suffix in ("", *BESIDE):
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
     def _clear_place(self, force: bool) -> None:
         owner = lock.writer_of(self.path)
@@ -211,13 +229,15 @@ class TraceWriter:
         try:
             if self.path.is_dir():
                 raise _output_error(self._shown, "is a folder")
+            if self.path.exists() and not self.path.is_file():
+                raise _output_error(self._shown, "is no regular file")
             if self.path.exists() and self.path.stat().st_size:
                 if not force:
                     raise _output_error(
                         self._shown, "already exists", "give another name, or --force to replace it"
                     )
                 self.path.unlink()
-            for suffix in ("-wal", "-shm", "-journal"):
+            for suffix in BESIDE:
                 self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         except OSError as error:
             raise _output_error(self._shown, f"cannot be written: {_reason(error)}") from error
@@ -390,9 +410,16 @@ def _output_error(shown: str, message: str, hint: str = "") -> MoescopeError:
     return MoescopeError(f"{shown}: {message}", hint=hint, code=ExitCode.OUTPUT)
 
 
+def _is_full(error: BaseException) -> bool:
+    """Also where SQLite only says that the file took no more of some kind of bytes."""
+    name = getattr(error, "sqlite_errorname", "") or ""
+    full = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_WRITE")
+    return name in full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
 def _reason(error: BaseException) -> str:
     name = getattr(error, "sqlite_errorname", "") or ""
-    if name == "SQLITE_FULL" or getattr(error, "errno", None) == 28:
+    if _is_full(error):
         return "disk full"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()

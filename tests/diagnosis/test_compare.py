@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from moescope.diagnosis.compare import (
     run_compare,
 )
 from moescope.engine.protocol import Generate, Sampling
+from moescope.errors import ExitCode, MoescopeError
 from moescope.trace.frames import Frame
 from tests.engine.fake import FakeTokenizer, fake
 
@@ -188,3 +190,19 @@ def test_teacher_forced_lanes_never_part(seed: int) -> None:
     led = run_compare(fake(seed=seed), FakeTokenizer(), expressions, PROMPT, teacher_forced=True)
     assert len({lane.token_ids for lane in led.lanes}) == 1
     assert all(found.ids_part_at is None for found in led.comparisons)
+
+
+def test_a_recording_that_stopped_is_told() -> None:
+    class Full:
+        meta, acknowledged, dropped_logits = SimpleNamespace(record="weights"), 7, 0
+
+        def append(self, _: Frame) -> None:
+            raise MoescopeError("x.moetrace: disk full", code=ExitCode.OUTPUT)
+
+        def event(self, _: Any) -> None: ...
+
+        def close(self) -> None: ...
+
+    run = run_compare(fake(), FakeTokenizer(), ["trained", "logits_bf16"], PROMPT, writer=Full())
+    assert run.stopped == "x.moetrace: disk full" and run.to_json()["stopped"] == run.stopped
+    assert all(lane.token_ids for lane in run.lanes)

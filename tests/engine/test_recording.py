@@ -32,8 +32,9 @@ def record(path: Path, tokens: int = 30, **request: object) -> Session:
     session = Session(model, FakeTokenizer(), open_writer(wanted, meta, True), record=wanted.record)
     sampling = Sampling(temperature=1.0, max_new_tokens=tokens)
     session.tokenizer.end_ids = session._end_ids = ()
-    for _ in session.generate(Generate("once upon", sampling=sampling)):
-        pass
+    for count, _ in enumerate(session.generate(Generate("once upon", sampling=sampling))):
+        if count % 64 == 0:  # how far the disk lags behind shall not matter
+            session.recorder.writer.flush()
     return session
 
 
@@ -131,7 +132,8 @@ def test_a_place_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "full").write_text("x")
     for path, problem in (
         (tmp_path / "full", "already exists"),
-        (tmp_path, "already exists"),
+        (tmp_path, "is a folder"),
+        (Path("/dev/null"), "is no regular file"),
         (tmp_path / "no" / "where", "the folder does not exist"),
     ):
         with pytest.raises(MoescopeError, match=problem):

@@ -406,6 +406,8 @@ def test_refused_variants_and_lanes_name_the_reason() -> None:
         ("router_dtype=bfloat16", "router_dtype: expected a field of the router's policy"),
         ("no_such_thing", "unknown name"),
         ("num_experts_per_tok=99", "num_experts_per_tok"),
+        ("trained,logits_bf16@40-47", "'logits_bf16@40-47': expected layers with a router, 0 to"),
+        ("logits_bf16@1/top_k=1@40", "'num_experts_per_tok=1@40': expected layers with"),
     ):
         with pytest.raises(MoescopeError, match=message):
             session.set_variant(0, expression)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import sys
@@ -443,3 +444,20 @@ def test_without_pyarrow_the_way_to_it_is_named(
         convert(tmp_path / "a.moetrace", tmp_path / "a.parquet")
     assert "pip install 'moescope[parquet]'" in caught.value.hint
     assert os.listdir(tmp_path) == ["a.moetrace"]
+
+
+def test_a_folder_that_takes_no_file_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a drive mounted read-only even deleting what was never written is an error."""
+    source = tmp_path / "a.moetrace"
+    record_trace(source, 3)
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(MoescopeError, match="export failed: read-only file system") as caught:
+        convert(source, tmp_path / "x.csv")
+    assert caught.value.code == ExitCode.OUTPUT

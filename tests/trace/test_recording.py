@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -45,6 +46,30 @@ def test_a_full_disk_ends_the_recording_and_not_the_file() -> None:
     result = crash("full", 12, 3)
     assert result["wrong"] == []
     assert all(count > 0 for count in result["acknowledged"])
+
+
+def test_a_disk_that_is_full_from_the_start_keeps_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.moetrace"
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(MoescopeError, match="cannot be written: disk full") as caught:
+            TraceWriter(path, a_meta())
+    assert caught.value.code == ExitCode.OUTPUT and list(tmp_path.iterdir()) == []
+    with TraceWriter(path, a_meta()) as writer:
+        writer.append(a_frame())
+
+
+def test_what_is_no_regular_file_is_not_recorded_into(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MoescopeError, match="pipe: is no regular file"):
+        TraceWriter(tmp_path / "pipe", a_meta(), force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_kill_9_while_exporting_leaves_the_old_file_or_the_new_one() -> None:

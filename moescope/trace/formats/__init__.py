@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,8 +159,9 @@ def written_whole(target: Path) -> Iterator[Path]:
         reason = error.message.partition(": ")[2].partition(": recording stopped")[0]
         raise _export_failed(target, reason) from error
     finally:
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that takes no file has none to lose
+            for suffix in ("", "-wal", "-shm", "-journal"):
+                temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
 
 
 def _export_failed(target: Path, reason: str) -> MoescopeError:
