@@ -116,7 +116,8 @@ def _read_scaling(source: Fields, config: Fields, sizes: Sizes, theta: float) ->
     if kind == "linear":
         return RopeScaling("linear", factor)
     if theta <= 1.0:
-        raise config.error("rope_theta", "more than 1 where frequencies are stretched by yarn")
+        holder = source if source.has("rope_theta") else config
+        raise holder.error("rope_theta", "more than 1 where frequencies are stretched by yarn")
     original = config.int("original_max_position_embeddings", 1, 1 << 30, None)
     if original is None:
         original = source.int("original_max_position_embeddings", 1, 1 << 30, sizes.context)
