@@ -106,7 +106,19 @@ def _dispatch(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(rest)))
+    parsed = parser.parse_args(rest)
+    if verb in SCREENS:
+        _need_terminal()
+    return int(module.run(parsed))
+
+
+def _need_terminal() -> None:
+    """Keys come from standard input, and the screen is drawn on standard error."""
+    seen = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+    if not seen and "TEXTUAL_DRIVER" not in os.environ:
+        raise MoescopeError(
+            "the screen needs a terminal", hint="moescope --help, for the verbs without a screen"
+        )
 
 
 def _top_parser() -> argparse.ArgumentParser:

@@ -230,6 +230,12 @@ def test_a_full_context_is_told(capsys, model) -> None:
     assert "the context is full" in run(capsys, "generate", model, *options)[2]
 
 
+@pytest.mark.parametrize("arguments", [(), ("replay",), ("generat",), ("no/such/folder",)])
+def test_without_a_terminal_there_is_no_screen(capsys, monkeypatch, arguments) -> None:
+    monkeypatch.delenv("TEXTUAL_DRIVER", raising=False)
+    check_error(*run(capsys, *arguments), ExitCode.USAGE, "the screen needs a terminal")
+
+
 def test_a_closed_pipe_ends_quietly(model) -> None:
     line = " ".join(command("variants", model)) + " | head -1"
     done = subprocess.run(
