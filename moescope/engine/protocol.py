@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from moescope.trace.frames import Frame, RecordLevel, TraceMeta
+if TYPE_CHECKING:  # the words cost no numpy: a screen can draw before it imports any
+    from moescope.trace.frames import Frame, RecordLevel, TraceMeta
 
 MAX_LANES = 8  # A to H
 

@@ -1,7 +1,8 @@
 """The terminal application: one engine or one trace, the screens over it, and its endings.
 
-`run` is the entry. The engine's process is started before the terminal is taken; nothing here
-imports torch or a tokenizer. Signals and crashes leave a clean terminal and an exit code.
+`run` is the entry. The first frame comes before anything slow is imported; then the engine's
+process starts and the main screen takes over. Nothing here imports torch or a tokenizer. Signals
+and crashes leave a clean terminal and an exit code.
 """
 
 from __future__ import annotations
@@ -30,17 +31,16 @@ from moescope.engine.protocol import LoadRequest, Sampling
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import printable
 from moescope.ui import keys
-from moescope.ui.lines import human
-from moescope.ui.screens.main import MainScreen
 from moescope.ui.text import ControlFilter
-from moescope.ui.watch import ASK_ABOVE, Watch, watch_trace
 
 if TYPE_CHECKING:
     from textual.command import Provider
 
+    from moescope.ui.screens.main import MainScreen
+    from moescope.ui.watch import Watch
+
 LOOK_AFTER = 1.0  # seconds: the first frame comes first
 NICENESS = 5  # drawing may wait, the engine may not
-Opener = Callable[[Path], Watch]
 
 
 def run(
@@ -53,25 +53,41 @@ def run(
     """Open the screen on a model, a recorded trace, or (both None) the embedded demo model, and
     begin with `prompt` if there is one. Returns the exit code. Raises MoescopeError where a trace
     cannot be read."""
-    if request is None and replay is None:
-        request = LoadRequest(model=str(CHECKPOINT))
+    request = request or LoadRequest(model=str(CHECKPOINT))
     # Engines are started from a thread of ordinary priority: a child inherits its starter's.
     with ThreadPoolExecutor(1) as starter:
-        watch = open_watch(request, replay, starter)
-        watch.opening = prompt
-        watch.sampling = sampling or watch.sampling
+        starter.submit(os.getpid).result()  # the thread is made before the priority falls
         with contextlib.suppress(OSError, AttributeError):
             os.nice(NICENESS)
-        app = MoescopeApp(watch, partial(open_path, starter, request))
-        app.look_for_lost = replay is None
+        if replay is not None:
+            app = MoescopeApp(open_watch(None, replay, starter))
+        else:
+            begin = partial(first_watch, request, starter, prompt, sampling)
+            app = MoescopeApp(None, begin=begin, name=_short(request.model))
+            app.look_for_lost = True
+        app.opener = partial(open_path, starter, request)
         try:
             app.run()
         finally:
-            app.subject.close()
+            if app.subject is not None:
+                app.subject.close()
+    if app.failure is not None:
+        raise app.failure
     return app.return_code or 0
 
 
+def first_watch(
+    request: LoadRequest, starter: Any, prompt: str, sampling: Sampling | None
+) -> Watch:
+    watch = open_watch(request, None, starter)
+    watch.opening = prompt
+    watch.sampling = sampling or watch.sampling
+    return watch
+
+
 def open_watch(request: LoadRequest | None, replay: Path | None, starter: Any) -> Watch:
+    from moescope.ui.watch import Watch, watch_trace
+
     if replay is not None:
         return watch_trace(replay)
     assert request is not None
@@ -106,7 +122,8 @@ def _places() -> type[Provider]:
 
 
 class MoescopeApp(App[int]):
-    """Everything on the screen. `subject` is what it looks at; `opener` finds another."""
+    """Everything on the screen. `subject` is what it looks at; `opener` finds another. Without a
+    watch, `begin` is asked for one after the first frame, which shows `name`."""
 
     CSS_PATH = "app.tcss"
     TITLE = "moescope"
@@ -115,16 +132,50 @@ class MoescopeApp(App[int]):
     COMMANDS = App.COMMANDS | {_places}
 
     def __init__(
-        self, watch: Watch, opener: Opener | None = None, clock: Callable[[], float] | None = None
+        self,
+        watch: Watch | None,
+        opener: Callable[[Path], Watch] | None = None,
+        clock: Callable[[], float] | None = None,
+        *,
+        begin: Callable[[], Watch] | None = None,
+        name: str = "",
     ) -> None:
         super().__init__()
         self.subject = watch
         self.opener = opener
         self.now = clock
+        self.begin = begin
+        self.opening_name = name
+        self.failure: MoescopeError | None = None  # why it never began
+        self._begun: MainScreen | None = None
         self.look_for_lost = False  # recordings of runs that ended badly
 
     def get_default_screen(self) -> Screen[Any]:
-        return MainScreen(self.subject, self.now)
+        if self.subject is None:
+            from moescope.ui.screens.opening import OpeningScreen
+
+            return OpeningScreen(self.opening_name)
+        self._begun = self._main_screen(self.subject)
+        return self._begun
+
+    def _main_screen(self, watch: Watch) -> MainScreen:
+        from moescope.ui.screens.main import MainScreen
+
+        return MainScreen(watch, self.now)
+
+    def arrive(self) -> None:
+        """The first frame is on the terminal: start the engine, and the main screen."""
+        assert self.begin is not None
+        try:
+            self.subject = self.begin()
+        except MoescopeError as error:
+            self.failure = error
+            self.exit()
+            return
+        self._begun = self._main_screen(self.subject)
+        self.push_screen(self._begun)  # a default screen cannot be switched
+        gc.collect()
+        gc.freeze()
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         return [*super().get_line_filters(), ControlFilter()]
@@ -136,18 +187,19 @@ class MoescopeApp(App[int]):
             if number is not None:
                 with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
                     loop.add_signal_handler(number, self.end_by, number)
-        gc.collect()
-        gc.freeze()
+        if self.subject is None:
+            self.call_after_refresh(self.arrive)
         if self.look_for_lost:
             self.set_timer(LOOK_AFTER, self.offer_lost)
 
     def offer_lost(self) -> None:
         """A run that ended badly left its recording: open it, delete it, or decide later."""
         from moescope.engine import recording
+        from moescope.ui.lines import human
         from moescope.ui.screens.dialogs import ChoiceScreen
 
         lost = recording.recoverable()
-        if not lost or len(self.screen_stack) > 1:
+        if not lost or self.screen is not self._begun:
             return
         newest = lost[0]
 
@@ -170,7 +222,9 @@ class MoescopeApp(App[int]):
 
     def action_leave(self) -> None:
         """End, but ask first where a long recording would be lost."""
-        count = self.subject.unsaved
+        from moescope.ui.watch import ASK_ABOVE
+
+        count = self.subject.unsaved if self.subject is not None else 0
         if count <= ASK_ABOVE:
             self.exit(return_code=self.failure_code())
             return
@@ -200,20 +254,26 @@ class MoescopeApp(App[int]):
             self.action_hide_help_panel()
         else:
             self.action_show_help_panel()
-        self.call_after_refresh(self.main.place)
+        if self.begun:
+            self.call_after_refresh(self.main.place)
 
     def failure_code(self) -> int:
-        return self.subject.failed.code if self.subject.failed is not None else 0
+        failed = self.subject.failed if self.subject is not None else None
+        return failed.code if failed is not None else 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether the main screen is there."""
+        return self._begun is not None
 
     @property
     def main(self) -> MainScreen:
-        screen = self.screen_stack[0]
-        assert isinstance(screen, MainScreen)
-        return screen
+        assert self._begun is not None
+        return self._begun
 
     def change(self, path: Path) -> None:
         """Leave what is open and open `path`."""
-        if self.opener is None:
+        if self.opener is None or not self.begun:
             return
         try:
             fresh = self.opener(path)
@@ -223,9 +283,12 @@ class MoescopeApp(App[int]):
         old, self.subject = self.subject, fresh
         self.main.look_at(fresh)
         # Committing a trace may take seconds.
-        threading.Thread(target=old.close, daemon=True).start()
+        if old is not None:
+            threading.Thread(target=old.close, daemon=True).start()
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        if not self.begun:
+            return
         where = getattr(screen, "KEYS", "main")
         for key in (*keys.TABLES[where], *keys.APP):
             if key.palette and screen.check_action(*_parsed(key.action)) is not False:

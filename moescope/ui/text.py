@@ -111,7 +111,7 @@ def wrap(text: str, width: int) -> list[str]:
     for paragraph in text.split("\n"):
         line, used, blank_at, blank_used = "", 0, 0, 0
         for piece, size in clusters(paragraph):
-            if used + size > width and line:
+            while used + size > width and line:
                 if blank_at and piece != " ":
                     lines.append(line[:blank_at])
                     line, used = line[blank_at:], used - blank_used
