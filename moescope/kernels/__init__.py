@@ -6,6 +6,7 @@ on first use, so importing this package costs neither numpy nor torch.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,9 @@ def route(
     keep_logits: bool = False,
     backend: str = "reference",
 ) -> Routing:
-    """What `spec`, with its dtypes resolved, decides for T rows of router logits [T, E].
+    """What `spec` decides for T rows of router logits [T, E].
 
+    Where the spec says `model`, the dtype is that of the logits (float32 for numpy's float64).
     `correction_bias` and `per_expert_scale` are [E], or [T, E] where rows are of several routers.
     Numpy in, numpy out; with backend `torch`, tensors in and out, on their device. ValueError is
     raised for shapes that do not fit the spec, a missing input, E over 4096, and K over 64.
@@ -55,6 +57,7 @@ def route(
     if backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(_BACKENDS)}")
     module = import_module(f"{__name__}.{_BACKENDS[backend]}")
+    spec = _resolved(spec, _dtype_of(logits))
     routing: Routing = getattr(module, f"route_{backend}")(
         logits,
         spec,
@@ -65,6 +68,16 @@ def route(
         keep_logits=keep_logits,
     )
     return routing
+
+
+@lru_cache(maxsize=1024)
+def _resolved(spec: RouterSpec, dtype: str) -> RouterSpec:
+    return spec.resolved(dtype)
+
+
+def _dtype_of(logits: Any) -> str:
+    name = str(getattr(logits, "dtype", "float32")).removeprefix("torch.")
+    return name if name in ("bfloat16", "float16") else "float32"
 
 
 def __getattr__(name: str) -> Any:

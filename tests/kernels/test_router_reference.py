@@ -347,14 +347,8 @@ def test_gate_logits_round_where_the_spec_says() -> None:
             {"per_expert_scale": np.zeros(7)},
             r"per_expert_scale: expected \[8\] or \[1, 8\], found \[7\]",
         ),
-        (
-            RouterSpec(RouterPolicy(2), RouterWiring(8)),
-            np.zeros((1, 8)),
-            {},
-            "combine_dtype is 'model'",
-        ),
     ],
-    ids=["columns", "rank", "K", "E", "bias", "scale", "unresolved"],
+    ids=["columns", "rank", "K", "E", "bias", "scale"],
 )
 def test_what_does_not_fit_is_refused_by_name(
     spec: RouterSpec, logits: np.ndarray, inputs: dict[str, object], message: str
@@ -370,3 +364,16 @@ def test_the_largest_router_is_taken() -> None:
     result = route(x, spec_of(4096, 64))
     expected = np.argsort(-x, axis=1)[:, :64]
     np.testing.assert_array_equal(result.expert_ids, expected)
+
+
+def test_the_model_dtype_is_that_of_the_logits() -> None:
+    import torch
+
+    spec = RouterSpec(RouterPolicy(2), RouterWiring(8))
+    logits = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    full = route(logits, spec)
+    assert np.array_equal(full.weights, route(logits, spec.resolved("float32")).weights)
+    narrow = torch.from_numpy(logits).bfloat16()
+    rounded = route(narrow, spec, backend="torch").weights
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert not torch.equal(rounded, torch.from_numpy(full.weights))
