@@ -24,10 +24,12 @@ _HOME = {
     "TraceWriter": "moescope.trace.store",
     "convert": "moescope.trace.formats",
     "Checkpoint": "moescope.engine.checkpoint",
+    "Generate": "moescope.engine.protocol",
     "LoadRequest": "moescope.engine.protocol",
     "Sampling": "moescope.engine.protocol",
     "Session": "moescope.engine.session",
     "load_model": "moescope.engine.load",
+    "open_model": "moescope.engine.opening",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from moescope.errors import ExitCode, MoescopeError
 
@@ -100,7 +101,7 @@ def _dispatch(arguments: list[str]) -> int:
     rest = arguments[1:] if arguments and arguments[0] == verb else arguments
     module = importlib.import_module(f"moescope.commands.{verb}")
     prog = "moescope" if verb == "open" else f"moescope {verb}"
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -119,6 +120,13 @@ def _need_terminal() -> None:
         raise MoescopeError(
             "the screen needs a terminal", hint="moescope --help, for the verbs without a screen"
         )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in the two lines that every other error has."""
+
+    def error(self, message: str) -> NoReturn:
+        raise MoescopeError(message, hint=f"{self.prog} --help")
 
 
 def _top_parser() -> argparse.ArgumentParser:

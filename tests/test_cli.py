@@ -119,9 +119,11 @@ class TestRefusals:
 
     @pytest.mark.parametrize("value", ["nan", "-1", "inf", "x"])
     def test_numbers_are_checked(self, capsys, model, value) -> None:
-        code, out, err = run(capsys, "generate", model, "--prompt", "x", "--temperature", value)
-        assert (code, out) == (2, "")
-        assert "expected a number" in err or "expected one argument" in err
+        arguments = ("generate", model, "--prompt", "x", f"--temperature={value}")
+        check_error(*run(capsys, *arguments), ExitCode.USAGE, "--temperature", "0 to 1e+06")
+
+    def test_an_unknown_option_is_two_lines(self, capsys) -> None:
+        check_error(*run(capsys, "doctor", "--no-such"), ExitCode.USAGE, "--no-such")
 
     def test_nothing_is_written_over_a_file(self, capsys, model, tmp_path) -> None:
         target = tmp_path / "kept"

@@ -26,3 +26,15 @@ def test_files_named_in_the_readme_exist() -> None:
     text = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / target).exists(), target
+
+
+def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    import re
+
+    from moescope.demo import CHECKPOINT
+
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(block.replace("path/to/model", str(CHECKPOINT)), "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("0 0 Once")
+    assert {line.split()[0] for line in lines} >= {"0", "1"}

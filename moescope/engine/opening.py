@@ -12,7 +12,9 @@ from moescope.engine.protocol import Loading, LoadRequest
 from moescope.errors import MoescopeError
 
 
-def open_model(request: LoadRequest, progress: Callable[[Loading], None]) -> tuple[Any, Any]:
+def open_model(
+    request: LoadRequest, progress: Callable[[Loading], None] = lambda event: None
+) -> tuple[Any, Any]:
     """Load what `request` names: a `LoadedModel`, and its tokenizer. A model without a tokenizer
     that can be used has None and a note: prompts are ids then."""
     from moescope.engine.load import load_model
