@@ -24,6 +24,9 @@ TRAINED = "trained"
 NEAR_TIE = 0.01  # ranks K and K+1 within 1 %: a tie under another dtype or kernel
 
 
+GENERATED = "as generated"  # the basis of what really ran
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RouterTable:
     """What is fixed about the routers of a model. `respecs` remembers specs under a variant."""
@@ -97,7 +100,7 @@ def as_generated(table: RouterTable, lane: Lane, row: int) -> Decision:
         margin=lane.margin[row],
         runner_up=lane.runner_up[row],
         in_scores=margins_in_scores(table, lane.variants[row]),
-        basis="as generated",
+        basis=GENERATED,
     )
 
 

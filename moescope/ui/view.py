@@ -123,7 +123,7 @@ def layer_data(
         margin_unit="score" if decision.in_scores[at] else "logit",
         near_tie=bool(routers.near_ties(decision)[at]),
         score_sum=_known(decision.score_sum[at]),
-        sum_range=_range(sums) if len(sums) >= 4 else None,
+        sum_range=_range(sums) if len(sums) >= 4 and decision.basis == routers.GENERATED else None,
         sum_expected=routers.expected_sum(allowed),
         sum_wrong=bool(wrong[at]),
         mass=_known(decision.mass[at]),
@@ -170,7 +170,7 @@ def plot_data(
     start = max(0, row + 1 - points)
     allowed = table.allowed[router]
     return PlotData(
-        title=f"Σ score sum at L{table.labels[router]}, last {points} tokens",
+        title=f"Σ score sum as generated · L{table.labels[router]} · last {points} tokens",
         x=lane.position[start : row + 1].copy(),
         series=(("Σ", lane.score_sum[start : row + 1, router].copy()),),
         guide=allowed if isinstance(allowed, float) else None,
