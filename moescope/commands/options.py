@@ -129,11 +129,20 @@ def prompt_of(args: argparse.Namespace) -> dict[str, Any]:
         return {"prompt_ids": _ids(args.prompt_ids)}
     if args.messages is not None:
         return {"messages": _messages(Path(args.messages), args.system)}
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = _standard_input() if args.prompt == "-" else args.prompt
     if args.chat or args.system is not None:
         system = [("system", args.system)] if args.system is not None else []
         return {"messages": (*system, ("user", text))}
     return {"prompt": text}
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise MoescopeError("--prompt -: standard input is closed", hint="--prompt 'Once'")
+    try:
+        return sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MoescopeError(f"--prompt -: expected text, found {type(error).__name__}") from None
 
 
 def _ids(text: str) -> tuple[int, ...]:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from moescope.ui.screens.main import MainScreen
     from moescope.ui.watch import Watch
 
+PARENT_EVERY = 1.0  # seconds between two looks at the process that started us
 LOOK_AFTER = 1.0  # seconds: the first frame comes first
 NICENESS = 5  # drawing may wait, the engine may not
 
@@ -187,6 +188,7 @@ class MoescopeApp(App[int]):
             if number is not None:
                 with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
                     loop.add_signal_handler(number, self.end_by, number)
+        self.set_interval(PARENT_EVERY, partial(self.outlive_nobody, os.getppid()))
         if self.subject is None:
             self.call_after_refresh(self.arrive)
         if self.look_for_lost:
@@ -216,6 +218,11 @@ class MoescopeApp(App[int]):
         options = (("open", "Open it (e saves)"), ("delete", "Delete"), ("later", "Later"))
         self.push_screen(ChoiceScreen(title, options), answered)
 
+    def outlive_nobody(self, parent: int) -> None:
+        """Whoever watches over the terminal is gone, and perhaps the terminal too: end."""
+        if os.getppid() != parent:
+            self.end_by(signal.SIGHUP)
+
     def end_by(self, number: int) -> None:
         """A signal asked us to end: put the terminal back, say so in the exit code."""
         self.exit(return_code=128 + number)
@@ -225,7 +232,7 @@ class MoescopeApp(App[int]):
         from moescope.ui.watch import ASK_ABOVE
 
         count = self.subject.unsaved if self.subject is not None else 0
-        if count <= ASK_ABOVE:
+        if count <= ASK_ABOVE or self.screen.has_class("leaving"):  # asked twice: meant
             self.exit(return_code=self.failure_code())
             return
         from moescope.ui.screens.dialogs import ChoiceScreen
@@ -236,13 +243,12 @@ class MoescopeApp(App[int]):
             elif answer == "leave":
                 self.exit(return_code=self.failure_code())
 
-        self.push_screen(
-            ChoiceScreen(
-                f"{count:,} recorded tokens are not saved.",
-                (("save", "Save…"), ("leave", "Quit without saving"), ("stay", "Stay")),
-            ),
-            answered,
+        question = ChoiceScreen(
+            f"{count:,} recorded tokens are not saved.",
+            (("save", "Save…"), ("leave", "Quit without saving (ctrl+q)"), ("stay", "Stay")),
         )
+        question.add_class("leaving")
+        self.push_screen(question, answered)
 
     async def action_quit(self) -> None:
         self.action_leave()
@@ -255,7 +261,7 @@ class MoescopeApp(App[int]):
         else:
             self.action_show_help_panel()
         if self.begun:
-            self.call_after_refresh(self.main.place)
+            self.main.set_timer(0.1, self.main.place)  # once the panel has left the layout
 
     def failure_code(self) -> int:
         failed = self.subject.failed if self.subject is not None else None

@@ -127,6 +127,13 @@ def wrap(text: str, width: int) -> list[str]:
     return lines
 
 
+def gap(margin: float | None) -> str:
+    """A margin: 0.000 is an exact tie, so what is only small reads `<.001`."""
+    if margin is not None and 0 < margin < 0.0005:
+        return "<.001"
+    return number(margin)
+
+
 def number(value: float | None, digits: int = 3, missing: str = "─") -> str:
     """A short figure: `digits` decimals below 10, fewer as it grows, `missing` where unknown."""
     if value is None or math.isnan(value):

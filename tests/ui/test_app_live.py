@@ -271,3 +271,30 @@ async def test_a_bug_of_ours_is_one_line_and_a_report(tmp_path, monkeypatch, cap
     told = capsys.readouterr().err
     assert "a bug of ours (KeyError)" in told and "Traceback" not in told
     assert "secret" not in told and "secret" not in report.read_text()
+
+
+async def test_the_screen_ends_when_its_supervisor_does(monkeypatch):
+    async with running() as (_, main, pilot):
+        main.app.outlive_nobody(os.getppid())
+        assert main.app.is_running
+        main.app.outlive_nobody(-1)
+        await wait_for(pilot, lambda: not main.app.is_running)
+        assert main.app.return_code == 128 + signal.SIGHUP
+
+
+async def test_asking_twice_to_quit_quits():
+    async with running(tokens=80) as (_, main, pilot):
+        await pilot.press("ctrl+q")
+        await wait_for(pilot, lambda: main.app.screen is not main)
+        assert main.app.is_running
+        await pilot.press("ctrl+q")
+        await wait_for(pilot, lambda: not main.app.is_running)
+
+
+async def test_closing_the_help_gives_its_room_back():
+    async with running(tokens=20) as (_, main, pilot):
+        classes = main.classes
+        await pilot.press("question_mark")
+        await wait_for(pilot, lambda: main.classes != classes)
+        await pilot.press("escape")
+        await wait_for(pilot, lambda: main.classes == classes)

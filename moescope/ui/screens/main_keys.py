@@ -30,6 +30,8 @@ ZOOMS = ("braille", "half", "cell")
 PANELS = {"map": "#map", "layer": "#layer", "sums": "#sums", "token": "#token"}
 WHEN = {key.action.split("(")[0]: key.when for key in keys.MAIN}
 
+SETTLE = 0.1  # seconds until a panel that was closed has left the layout
+
 
 class MainKeys(Screen[None]):
     """The actions; `MainScreen` holds the state they work on and draws."""
@@ -319,7 +321,7 @@ class MainKeys(Screen[None]):
             self.minimize()
         elif self.query("HelpPanel"):
             self.app.action_hide_help_panel()
-            self.call_after_refresh(self.place)
+            self.set_timer(SETTLE, self.place)
         elif self.look.shown is not None:
             self.look.shown = None
             self.draw()

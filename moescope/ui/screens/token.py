@@ -21,7 +21,7 @@ from moescope.safety import printable
 from moescope.ui import keys, token_view
 from moescope.ui.looking import Looking
 from moescope.ui.ramp import BARS, WRONG, quantise
-from moescope.ui.text import cells, cut, number
+from moescope.ui.text import cells, cut, gap, number
 from moescope.ui.view import quoted
 from moescope.ui.widgets.panel import Panel, Row, Span
 
@@ -76,7 +76,7 @@ def layer_line(row: token_view.LayerRow, here: bool, width: int) -> Row:
         (f"{number(row.score_sum):>6}", "wrong" if row.sum_wrong else "text"),
         (WRONG if row.sum_wrong else " ", "wrong"),
         (f" {number(row.entropy, 2):>7}  ", "text"),
-        (f"{number(row.margin):>7}", "warn" if row.near_tie else "text"),
+        (f"{gap(row.margin):>7}", "warn" if row.near_tie else "text"),
         ("≈" if row.near_tie else " ", "warn"),
         (f" {kept:>4} ", "dim"),
     ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moescope.ui.panels import LayerData
 from moescope.ui.ramp import WRONG
-from moescope.ui.text import cells, number
+from moescope.ui.text import cells, gap, number
 from moescope.ui.widgets.panel import Panel, Row, Span
 
 
@@ -21,7 +21,7 @@ class LayerLine(Panel[LayerData]):
         if data.sum_wrong:
             tail.append((WRONG, "wrong"))
         if data.margin is not None:
-            tail.append((f"  Δ {number(data.margin)}", "dim"))
+            tail.append((f"  Δ {gap(data.margin)}", "dim"))
         if data.near_tie:
             tail.append((" ≈ tie", "warn"))
         head: list[Span] = [(f" {data.title} ", "strong")]

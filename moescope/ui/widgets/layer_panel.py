@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moescope.ui.panels import ExpertRow, LayerData
 from moescope.ui.ramp import WRONG, thin_bar
-from moescope.ui.text import cut, fit, number, wrap
+from moescope.ui.text import cut, fit, gap, number, wrap
 from moescope.ui.widgets.panel import Panel, Row
 
 NOT_RECORDED = "─"
@@ -57,7 +57,7 @@ def runner_up_row(data: LayerData, width: int) -> Row:
     row = data.runner_up
     assert row is not None
     chosen = len(data.rows)
-    margin = f"Δ {number(data.margin)} to #{chosen} ({data.margin_unit})"
+    margin = f"Δ {gap(data.margin)} to #{chosen} ({data.margin_unit})"
     spans = [
         (
             f"{chosen + 1:>2}  E{row.expert:03d}   {number(row.score):>5}   {NOT_RECORDED:>5}   ",
