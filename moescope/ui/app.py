@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from moescope.ui.watch import Watch
 
 PARENT_EVERY = 1.0  # seconds between two looks at the process that started us
+GIVE_UP = 1.5  # seconds a terminal may take to be put back
 LOOK_AFTER = 1.0  # seconds: the first frame comes first
 NICENESS = 5  # drawing may wait, the engine may not
 
@@ -70,6 +71,7 @@ def run(
         try:
             app.run()
         finally:
+            app.last_resort.cancel()
             if app.subject is not None:
                 app.subject.close()
     if app.failure is not None:
@@ -149,6 +151,7 @@ class MoescopeApp(App[int]):
         self.opening_name = name
         self.failure: MoescopeError | None = None  # why it never began
         self._begun: MainScreen | None = None
+        self.last_resort = threading.Timer(0.0, lambda: None)  # started by a signal
         self.look_for_lost = False  # recordings of runs that ended badly
 
     def get_default_screen(self) -> Screen[Any]:
@@ -224,8 +227,18 @@ class MoescopeApp(App[int]):
             self.end_by(signal.SIGHUP)
 
     def end_by(self, number: int) -> None:
-        """A signal asked us to end: put the terminal back, say so in the exit code."""
+        """A signal asked us to end: put the terminal back, say so in the exit code. Where the
+        terminal is gone, Textual waits for ever to write to it: then without it."""
+        if not self.is_headless:
+            self.last_resort = threading.Timer(GIVE_UP, self._end_without_terminal, [128 + number])
+            self.last_resort.daemon = True
+            self.last_resort.start()
         self.exit(return_code=128 + number)
+
+    def _end_without_terminal(self, code: int) -> None:
+        if self.subject is not None:
+            self.subject.close()
+        os._exit(code)
 
     def action_leave(self) -> None:
         """End, but ask first where a long recording would be lost."""

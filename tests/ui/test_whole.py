@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -105,3 +110,54 @@ def test_a_real_terminal_shows_the_screen_and_gets_itself_back(tmp_path, ending)
         assert "tiny-olmoe" not in after  # the alternate screen is gone
     finally:
         tmux("kill-server")
+
+
+def alive(group: set[int]) -> set[int]:
+    """Which of these processes still run (a zombie does not)."""
+    found = set()
+    for pid in group:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            continue
+        found |= {pid} if state != "Z" else set()
+    return found
+
+
+def below(pid: int) -> set[int]:
+    """A process and everything it started."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return {pid}
+    return {pid}.union(*(below(int(child)) for child in children))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize("lost", ["terminal", "supervisor"])
+def test_nothing_outlives_the_terminal_or_the_supervisor(tmp_path, lost):
+    path = record(tmp_path / "r.moetrace")
+    pid, master = pty.fork()
+    if pid == 0:
+        os.environ["TERM"] = "xterm-256color"
+        os.execv(sys.executable, [sys.executable, "-m", "moescope", "replay", str(path)])
+    output, end = b"", time.monotonic() + 60
+    while b"Once" not in output and time.monotonic() < end:
+        if select.select([master], [], [], 0.1)[0]:
+            output += os.read(master, 1 << 16)
+    assert b"Once" in output
+    family = below(pid)
+    assert len(family) >= 2
+    if lost == "supervisor":
+        os.kill(pid, signal.SIGKILL)
+    os.close(master)
+    end = time.monotonic() + 20
+    left = family
+    while (left := alive(left)) and time.monotonic() < end:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.05)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert not left
