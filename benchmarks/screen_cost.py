@@ -83,13 +83,17 @@ def measure(model: Path, trace: Path, threads: int, windows: int, seconds: float
     program = str(Path(sys.executable).parent / "moescope")
     command = [program, str(model), "--prompt", "Once upon a time", "-o", str(trace)]
     command += ["--max-new-tokens", "60000", "--max-context", "60000", "--record", "weights"]
-    screen = Terminal(command, OMP_NUM_THREADS=str(threads))
+    state = str(trace.parent / "state")
+    screen = Terminal(command, OMP_NUM_THREADS=str(threads), MOESCOPE_STATE=state)
     try:
         while not trace.exists():
             screen.pump(0.2)
         screen.pump(5.0)
         (drawing,) = children(screen.pid)
         with TraceReader.open(trace, live=True, foreign=False) as reader:
+            while reader.count < 50:
+                screen.pump(0.2)
+                reader.refresh()
             ratios = []
             for number in range(windows):
                 order = ("drawing", "stopped") if number % 2 else ("stopped", "drawing")

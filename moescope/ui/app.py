@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 PARENT_EVERY = 1.0  # seconds between two looks at the process that started us
 GIVE_UP = 1.5  # seconds a terminal may take to be put back
 LOOK_AFTER = 1.0  # seconds: the first frame comes first
-NICENESS = 5  # drawing may wait, the engine may not
+NICENESS = 10  # drawing may wait, the engine may not: with all cores taken the rate falls
 
 
 def run(
