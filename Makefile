@@ -32,7 +32,7 @@ bench: .venv/.test
 
 # On a machine with a CUDA device; uses the Python it finds, installs nothing.
 gpu:
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu tests/engine/test_torch_decoder.py
 
 shots: .venv/.test
 	$(BIN)/python screenshots/make.py
