@@ -46,7 +46,6 @@ class Limits:
     import_columns: int = 256
     import_line: int = 1 * MIB
     shown_line: int = 4096  # characters: drawing costs time per character
-    kept_lines: int = 5000  # of a log
 
 
 LIMITS = Limits()

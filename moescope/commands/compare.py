@@ -11,6 +11,7 @@ import textwrap
 from typing import Any
 
 from moescope.commands import options, running
+from moescope.errors import MoescopeError
 
 WIDTH = 92
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     variants = args.variants if len(args.variants) > 1 else ["trained", *args.variants]
     if not 2 <= len(variants) <= MAX_LANES:
-        raise options.fail(f"--variant: expected two to {MAX_LANES}, found {len(variants)}")
+        raise MoescopeError(f"--variant: expected two to {MAX_LANES}, found {len(variants)}")
     request = Generate(**options.prompt_of(args), sampling=options.sampling_of(args))
     with running.signals():
         loaded, model, tokenizer = running.load(args)

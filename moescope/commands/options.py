@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moescope.errors import ExitCode, MoescopeError
+from moescope.errors import MoescopeError
 
 
 def add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -200,15 +200,6 @@ def print_json(document: dict[str, Any]) -> None:
     json.dump({"schema": 1, **document}, sys.stdout, ensure_ascii=True, allow_nan=False)
     sys.stdout.write("\n")
     sys.stdout.flush()
-
-
-def finite(value: float | None) -> float | None:
-    """JSON has no NaN: what is not a number is null."""
-    return value if value is not None and abs(value) < float("inf") else None
-
-
-def fail(message: str, hint: str = "", code: ExitCode = ExitCode.USAGE) -> MoescopeError:
-    return MoescopeError(message, hint=hint, code=code)
 
 
 def plain(value: Any) -> str:
