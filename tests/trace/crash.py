@@ -42,8 +42,13 @@ def record_all(path: Path, tell: Callable[[int], None]) -> None:
         tell(writer.acknowledged)
 
 
-def forked(work: Callable[[Callable[[int], None]], None], patience: float | None) -> int:
-    """Run `work` in a child, kill it after `patience` seconds; the last number it told."""
+def forked(
+    work: Callable[[Callable[[int], None]], None], patience: float | None, after: int = 0
+) -> int:
+    """Run `work` in a child; the last number it told.
+
+    It is killed `patience` seconds after it has told `after` or more; without patience, never.
+    """
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -55,10 +60,12 @@ def forked(work: Callable[[Callable[[int], None]], None], patience: float | None
         finally:
             os._exit(code)
     os.close(write_end)
+    told = b""
+    while int.from_bytes(told[-4:], "little") < after and (part := os.read(read_end, 4)):
+        told += part
     if patience is not None:
         time.sleep(patience)
         os.kill(child, signal.SIGKILL)
-    told = b""
     while part := os.read(read_end, 1 << 16):
         told += part
     os.close(read_end)
@@ -85,19 +92,20 @@ def what_is_wrong(path: Path, acknowledged: int) -> str | None:
 
 
 def kill(folder: Path, runs: int, chance: random.Random) -> dict[str, object]:
+    """Every fourth recording is killed while it starts, the others from some frame on."""
     started = time.monotonic()
     assert forked(lambda tell: record_all(folder / "whole", tell), None) == len(FRAMES)
     whole = time.monotonic() - started
     wrong, acknowledged = [], []
     for run in range(runs):
         path = folder / f"{run}.moetrace"
-        patience = chance.uniform(0, 1.1 * whole)
-        told = forked(lambda tell, path=path: record_all(path, tell), patience)  # type: ignore[misc]
+        after = chance.randrange(1, len(FRAMES)) if run % 4 else 0
+        patience = chance.uniform(0, whole / 30)
+        told = forked(lambda tell, path=path: record_all(path, tell), patience, after)  # type: ignore[misc]
         acknowledged.append(told)
-        whole *= 1.1 if told == 0 else 0.95 if told == len(FRAMES) else 1
         fault = what_is_wrong(path, told)
         if fault:
-            wrong.append(f"after {patience:.4f} s: {fault}")
+            wrong.append(f"{patience:.4f} s after frame {after}: {fault}")
     return {"wrong": wrong, "acknowledged": acknowledged}
 
 
