@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.engine.protocol import Sampling
 from moescope.kernels.spec import RouterPolicy, RouterSpec
 from moescope.trace.frames import RecordLevel
 
@@ -31,6 +32,11 @@ class StepOutput:
     scores: NDArray[np.float32] | None  # [N, T, L, K]
     router_logits: NDArray[np.float32] | None  # [N, T, L, E]
     invalid_router: int | None = None  # the first router that met logits that are not finite
+    drawn: NDArray[np.int64] | None = None  # [N], tokens drawn on the device, where asked for
+    # the same logits under the S shadow variants; None where there are none
+    shadow_ids: NDArray[np.int16] | None = None  # [N, T, S, L, K]
+    shadow_weights: NDArray[np.float32] | None = None  # [N, T, S, L, K]
+    shadow_sums: NDArray[np.float32] | None = None  # [N, T, S, L], score sums
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +47,15 @@ class Router:
     spec: RouterSpec  # dtypes resolved
     tensors: dict[str, NDArray[Any]]  # correction_bias, per_expert_scale, hash_table
     site: Literal["mlp", "attention"] = "mlp"
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How the token after this one will be drawn, for a step that can draw on its device."""
+
+    sampling: Sampling
+    position: int  # of the token that is drawn
+    uniform: float  # in [0, 1), what `sampling.uniform` gives
 
 
 class Interpreter(Protocol):
@@ -58,6 +73,10 @@ class Interpreter(Protocol):
     def set_policies(self, lane: int, policies: Sequence[RouterPolicy]) -> None:
         """From the next call on, `lane` routes under these, one per router; K up to min(E, 32)."""
 
+    def set_shadows(self, policies: Sequence[Sequence[RouterPolicy]]) -> None:
+        """Route every row under these S variants too (one policy per router each), and execute
+        nothing of it."""
+
     def run(
         self,
         lanes: Sequence[int],
@@ -65,8 +84,13 @@ class Interpreter(Protocol):
         *,
         all_logits: bool = False,
         record: RecordLevel = "weights",
+        draws: Sequence[Draw] | None = None,
     ) -> StepOutput:
-        """Feed T tokens to each lane after what it already holds. Lanes may differ in length."""
+        """Feed T tokens to each lane after what it already holds. Lanes may differ in length.
+
+        With `draws`, a device that can draws the next token itself, and may begin to feed it: a
+        later call with the same lanes and those tokens finds it done.
+        """
 
     def length(self, lane: int) -> int:
         """Tokens the lane holds."""

@@ -125,7 +125,7 @@ def select(raw: NDArray[Any], spec: RouterSpec, bias: F64 | None) -> Selection:
         assert bias is not None
         b = round_to(bias, p.correction_bias_dtype)
         if p.correction_bias == "score":
-            biased = round_to(rounded + b, _biased_dtype(p))
+            biased = round_to(rounded + b, biased_dtype(p))
         else:
             with_bias = round_to(z + b, "float32")
             biased = with_bias if by_logit else _score_all(with_bias, excluded, p)[1]
@@ -171,7 +171,7 @@ def _limit_groups(biased: F64, p: RouterPolicy) -> tuple[F64, F64 | None]:
         group_scores = grouped.max(2)
     else:
         group_scores = round_to(
-            np.partition(grouped, -2, axis=2)[:, :, -2:].sum(2), _biased_dtype(p)
+            np.partition(grouped, -2, axis=2)[:, :, -2:].sum(2), biased_dtype(p)
         )
     best = _descending(group_scores, p.tie_break == "higher_id")[:, : p.topk_group]
     admissible = np.zeros((T, p.n_group), bool)
@@ -181,7 +181,7 @@ def _limit_groups(biased: F64, p: RouterPolicy) -> tuple[F64, F64 | None]:
     return np.where(np.isneginf(biased), -np.inf, masked), group_scores
 
 
-def _biased_dtype(p: RouterPolicy) -> str:
+def biased_dtype(p: RouterPolicy) -> str:
     """The dtype of score + bias: the wider of the two; of float16 and bfloat16, float32."""
     if p.score_order == "topk_then_score":
         return "float32"
@@ -282,7 +282,7 @@ def _combine_weights(
         if p.weights_from == "biased_minus_bias":
             assert bias is not None
             b = round_to(bias, p.correction_bias_dtype)
-            w = round_to(w - np.take_along_axis(_fit(b, len(ids)), ids, axis=1), _biased_dtype(p))
+            w = round_to(w - np.take_along_axis(_fit(b, len(ids)), ids, axis=1), biased_dtype(p))
     if p.norm_topk_prob:
         w = _normalised(w, p)
     if per_expert is not None:
