@@ -147,6 +147,17 @@ class TestRefusals:
 
 
 class TestTraces:
+    def test_shadow_variants_are_summed_up(self, capsys, model, tmp_path) -> None:
+        path = tmp_path / "a.moetrace"
+        options = ("--prompt", "Hi", "--max-new-tokens", "4", "-o", str(path), "--json")
+        shadows = ("--shadow", "softmax_over_selected", "--shadow", "num_experts_per_tok=1")
+        code, out, err = run(capsys, "trace", model, *options, *shadows)
+        found = json.loads(out)["shadows"]
+        assert code == 0 and "softmax_over_selected: the same experts in 100.0% of 24" in err
+        assert found["softmax_over_selected"]["same_experts"] == 1.0
+        assert found["softmax_over_selected"]["mean_score_sum"] == pytest.approx(1.0)
+        assert found["num_experts_per_tok=1"]["same_experts"] == 0.0
+
     def test_trace_convert_and_back(self, capsys, model, tmp_path) -> None:
         first, table, again = (tmp_path / name for name in ("a.moetrace", "a.jsonl", "b.moetrace"))
         arguments = ("--prompt", "Hi", "--max-new-tokens", "6", "--json", "-o", str(first))

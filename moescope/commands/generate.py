@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from moescope.commands import options, running
+from moescope.commands.shadows import Tally
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,24 +41,32 @@ def stream(args: argparse.Namespace) -> int:
             record=getattr(args, "record", "ids"),
             max_context=args.max_context,
             variants=(args.variant,),
+            shadows=getattr(args, "shadow", ()),
         )
+        tally = Tally()
         try:
-            _print_stream(session, request, quiet=args.json)
+            _print_stream(session, request, tally, quiet=args.json)
         finally:
             session.close()
         running.tell(session.take_events())
         if args.json:
-            options.print_json(summary(session, model, args))
+            document = summary(session, model, args)
+            if session.shadows:
+                document["shadows"] = tally.document()
+            options.print_json(document)
+        for line in tally.lines():
+            running.talk(line)
         if writer is not None:
             running.talk(f"{args.output}: {writer.acknowledged} tokens recorded")
     return running.ending(session.invalid, session.recorder.failure is not None)
 
 
-def _print_stream(session: Any, request: Any, *, quiet: bool) -> None:
+def _print_stream(session: Any, request: Any, tally: Tally, *, quiet: bool) -> None:
     from moescope.safety import printable
 
     prompt_length = None
     for frame in session.generate(request):
+        tally.add(frame)
         if prompt_length is None:
             prompt_length = len(session.lanes[0].prompt_ids)
         if not quiet and frame.position >= prompt_length:

@@ -9,6 +9,13 @@ from moescope.commands import generate, options, running
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     generate.add_arguments(parser)
+    parser.add_argument(
+        "--shadow",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also record what this variant would have picked on the same logits; repeatable",
+    )
     options.add_recording(parser, required=True)
 
 

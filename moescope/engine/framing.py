@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from moescope.engine import sampling
@@ -22,11 +23,12 @@ def frame_of(
     text: str,
     after: Expectation | None,
     first: Expectation | None,
+    shadows: Sequence[str] = (),
 ) -> Frame:
     """The frame of the id `lane` is fed next. `at` is its row and column in `output`; `told` is
     the log probability and rank of the id, `after` what the model expects after it (None: nothing
     finite), `first` what lane 0 expects after the same
-    ids, where the two are to be compared."""
+    ids, where the two are to be compared; `shadows` the shadow variants in the output."""
     position, token = lane.fed, lane.ids[lane.fed]
     kl, agrees = None, None
     if first is not None and after is not None:
@@ -45,6 +47,7 @@ def frame_of(
         alternatives=after.likeliest() if after is not None else (),
         kl=kl,
         top1_agrees=agrees,
+        shadow=_shadows(output, at, shadows) if shadows else None,
         **_decisions(output, at, record),
     )
 
@@ -60,3 +63,22 @@ def _decisions(output: StepOutput, at: tuple[int, int], record: RecordLevel) -> 
     if record == "logits" and output.router_logits is not None:
         found["logits"] = output.router_logits[at].copy()
     return found
+
+
+def _shadows(
+    output: StepOutput, at: tuple[int, int], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """What each shadow variant would have picked for one token."""
+    columns = {
+        "expert_ids": output.shadow_ids,
+        "weights": output.shadow_weights,
+        "score_sum": output.shadow_sums,
+    }
+    return {
+        name: {
+            column: values[at][place].copy()
+            for column, values in columns.items()
+            if values is not None
+        }
+        for place, name in enumerate(names)
+    }

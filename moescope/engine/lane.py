@@ -43,6 +43,7 @@ class Lane:
     running: bool = False
     reason: str = ""  # why it stopped
     expected: Expectation | None = None  # after the last fed token
+    drawn: int | None = None  # what the device drew after it, where it did
     told: list[tuple[float, int] | None] = field(default_factory=list)  # per id: logprob, rank
     texts: list[str] = field(default_factory=list)  # per fed id
     stream: Any = None  # of the tokenizer; None: begin again at the next token
@@ -122,6 +123,8 @@ class Lane:
 
     def cut(self, length: int) -> None:
         """Forget the ids from `length` on; what came after them is no longer known."""
+        if length <= self.fed:
+            self.drawn = None
         if length < self.fed:
             self.expected, self.stream = None, None
         self.fed = min(self.fed, length)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moescope.engine import sampling
 from moescope.engine.framing import frame_of
-from moescope.engine.interpreter import StepOutput
+from moescope.engine.interpreter import Draw, StepOutput
 from moescope.engine.lane import Lane, letter, policies_of
 from moescope.engine.prompts import check_ids, common_prefix, further, prompt_of
 from moescope.engine.protocol import (
@@ -45,7 +45,8 @@ class Session:
     """Lanes over one model: a `LoadedModel`, of which only `interpreter` and `facts` are used.
 
     `tokenizer` None: prompts are ids, texts stay empty. `writer` is a `TraceWriter` or None. With
-    `same_tokens`, every lane is fed the tokens lane 0 draws.
+    `same_tokens`, every lane is fed the tokens lane 0 draws. `shadows` are variants that the router
+    logits of every lane are routed under too; nothing of them is executed.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Session:
         max_context: int = 4096,
         variants: Sequence[str] = ("trained",),
         same_tokens: bool = False,
+        shadows: Sequence[str] = (),
     ) -> None:
         self.interpreter = model.interpreter
         self.tokenizer = tokenizer
@@ -83,6 +85,9 @@ class Session:
         self._pieces_known: set[int] = set()
         for expression in variants:
             self.add_lane(expression)
+        self.shadows: tuple[str, ...] = ()
+        if shadows:
+            self.set_shadows(shadows)
 
     # --- what a screen or a command asks ----------------------------------------------------------
 
@@ -160,6 +165,14 @@ class Session:
         lane.expression, lane.policies = expression, policies
         self._changed(lane, "variant")
 
+    def set_shadows(self, expressions: Sequence[str]) -> None:
+        """From the next token on, record what these variants would have picked."""
+        parsed = dict(map(self._policies, expressions))
+        if len(parsed) > MAX_LANES:
+            raise MoescopeError(f"at most {MAX_LANES} shadow variants")
+        self.interpreter.set_shadows(list(parsed.values()))
+        self.shadows = tuple(parsed)
+
     def start(self, request: Generate, *, force_ids: Sequence[int] = ()) -> None:
         """Give every open lane the prompt of `request`; lanes that run are stopped. Where it is
         refused, lanes and texts stay as they were."""
@@ -203,7 +216,11 @@ class Session:
         prefill = lanes[0].fed < lanes[0].start
         ids = np.array([lane.ids[lane.fed : lane.fed + width] for lane in lanes], np.int64)
         output = self.interpreter.run(
-            [lane.index for lane in lanes], ids, all_logits=width > 1, record=self.record
+            [lane.index for lane in lanes],
+            ids,
+            all_logits=width > 1,
+            record=self.record,
+            draws=self._draws(lanes) if width == 1 else None,
         )
         frames: list[Frame] = []
         first: dict[int, Expectation] = {}  # of lane 0 by position, what KL is taken against
@@ -226,11 +243,27 @@ class Session:
         room = LOGITS_BYTES // (4 * self.interpreter.vocab_size * len(behind))
         return behind, min(CHUNK, max(1, room), *(lane.pending for lane in behind))
 
+    def _draws(self, lanes: Sequence[Lane]) -> list[Draw] | None:
+        """How the tokens after the next are drawn, where that is known to happen in every lane."""
+        follows = self.same_tokens and 0 in self.lanes
+        for lane in lanes:
+            asked = lane.sampling.max_new_tokens > 0 and not (follows and lane.index)
+            last = lane.pending == 1 and len(lane.ids) >= max(lane.start, lane.forced_until)
+            over = len(lane.ids) > lane.start and lane.ending(self._end_ids, self.context)
+            if not (asked and last) or over or len(lane.ids) >= self.context:
+                return None
+        return [
+            Draw(lane.sampling, at, sampling.uniform(lane.sampling.seed, at))
+            for lane in lanes
+            for at in (len(lane.ids),)
+        ]
+
     def _absorb(
         self, lane: Lane, output: StepOutput, row: int, width: int, first: dict[int, Expectation]
     ) -> list[Frame]:
         """Turn one lane's row of the output into frames, and hand them to the recorder."""
         frames = []
+        lane.drawn = None if output.drawn is None else int(output.drawn[row])
         for column in range(width):
             position = lane.fed
             routed = not bool(np.isnan(output.score_sum[row, column]).any())
@@ -271,6 +304,7 @@ class Session:
             text=lane.say(self.tokenizer, token, self._is_last(lane)),
             after=after,
             first=compared,
+            shadows=self.shadows,
         )
         lane.took(frame.text, told, after)
         self._meet((token, *(i for i, _ in frame.alternatives)))
@@ -299,7 +333,10 @@ class Session:
             self._fail(lane, f"sampling stopped: token logits are not finite at token {lane.fed}")
         elif not (self.same_tokens and lane.index and 0 in self.lanes):
             self._reserve(self._opened[0], lane.fed + 1)
-            lane.ids.append(sampling.choose(lane.expected, lane.sampling, lane.fed))
+            chosen, lane.drawn = lane.drawn, None
+            if chosen is None:
+                chosen = sampling.choose(lane.expected, lane.sampling, lane.fed)
+            lane.ids.append(chosen)
 
     def _follow(self) -> None:
         """Where lanes are fed the same tokens: give the others what lane 0 drew, or its ending."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -24,6 +25,10 @@ from moescope.trace.frames import RecordLevel
 if TYPE_CHECKING:
     from torch import Tensor
 
+STEPS = {
+    "cpu": ("moescope.engine.native_step", "NativeStep"),
+    "cuda": ("moescope.engine.graph_step", "GraphStep"),
+}
 K_LIMIT = 32  # picks a lane can ask for; buffers hold min(E, 32) of each router, or K if larger
 
 
@@ -106,3 +111,14 @@ class Step(Protocol):
         draws: Sequence[Draw] | None = None,
     ) -> StepOutput:
         """Feed one token to each lane and write its keys and values; lengths are the caller's."""
+
+
+def fused_step(shared: Shared) -> tuple[Step | None, str]:
+    """The fused step for a decoder, or None and why there is none."""
+    place, name = STEPS["cpu" if shared.device == "cpu" else "cuda"]
+    try:
+        kind = getattr(import_module(place), name)
+    except ModuleNotFoundError as error:
+        return None, f"{error.name} is not installed"
+    why = kind.why_not(shared)
+    return (None, why) if why else (kind(shared), "")

@@ -1,14 +1,15 @@
-"""The torch interpreter of `DecoderSpec`: CPU, and CUDA without graphs.
+"""The torch interpreter of `DecoderSpec`: CPU and CUDA, whole or layer by layer on several devices.
 
 It owns lanes (their lengths, policies and cache rows), runs the layers' branches, and collects what
-every router decided. The operators are in `torch_operators.py`. It never asks for a model type:
-what a spec asks for and is not in here is refused by the name of the field.
+every router decided. The operators are in `torch_operators.py`; where a fused step covers the
+decoder (`steps.py`), single tokens go through that. It never asks for a model type: what a spec
+asks for and is not in here is refused by the name of the field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -28,22 +29,41 @@ from moescope.engine.decoder import (
     Norm,
     state_bytes,
 )
-from moescope.engine.interpreter import Router, StepOutput
+from moescope.engine.interpreter import Draw, Router, StepOutput
+from moescope.engine.steps import K_LIMIT, Policies, Shared, Step, fused_step
 from moescope.engine.torch_limits import refuse_unsupported
 from moescope.errors import ExitCode, MoescopeError
-from moescope.kernels.spec import RouterPolicy, RouterSpec
+from moescope.kernels.spec import RouterPolicy, RouterSpec, Routing
 from moescope.trace.frames import RecordLevel
 
-K_LIMIT = 32
-Step = tuple[Callable[[Tensor], Tensor] | None, Any, Callable[[Tensor], Tensor] | None, Branch]
+Branching = tuple[
+    Callable[[Tensor], Tensor] | None, Any, Callable[[Tensor], Tensor] | None, Branch
+]  # pre-norm, operator, post-norm
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One layer, where it lives."""
+
+    device: str
+    branches: list[Branching]
 
 
 class TorchDecoder:
     """A loaded model; see `interpreter.Interpreter`. `weights` are the tensors of
-    `parameters.slots(spec)` by name, on `device` and in `dtype`."""
+    `parameters.slots(spec)` by name, in `dtype`. `devices` names the device of every layer, where
+    they are not all on `device`, which holds the embedding, the final norm and the head. `fused`
+    False keeps single tokens on the torch operators too."""
 
     def __init__(
-        self, spec: DecoderSpec, weights: Mapping[str, Tensor], *, device: str, dtype: str
+        self,
+        spec: DecoderSpec,
+        weights: Mapping[str, Tensor],
+        *,
+        device: str,
+        dtype: str,
+        devices: Sequence[str] = (),
+        fused: bool = True,
     ) -> None:
         refuse_unsupported(spec)
         self.spec, self.device, self.dtype = spec, device, dtype
@@ -55,26 +75,36 @@ class TorchDecoder:
         self._embed = weights["embed.weight"]
         self._head = weights["embed.weight" if spec.tied_head else "head.weight"]
         self._final = _norm(spec.final_norm, weights, "final_norm")
-        self._layers = self._build(weights)
-        self._attentions = [
-            step[1] for steps in self._layers for step in steps if _keeps_state(step[1])
+        self._stages = self._build(weights, devices or [device] * len(spec.layers))
+        self._devices = sorted({stage.device for stage in self._stages} | {device})
+        self._attentions: list[tuple[str, ops.TorchAttention]] = [
+            (stage.device, branching[1])
+            for stage in self._stages
+            for branching in stage.branches
+            if isinstance(branching[1], ops.TorchAttention)
         ]
-        self._ropes = {
-            id(a.spec.rope): a.spec.rope for a in self._attentions if a.spec.rope is not None
-        }
-        self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # (device, rope's id)
         self._lengths: list[int] = []
-        self._capacity = 0
         self._interned: dict[RouterSpec, RouterSpec] = {}
-        self._specs: list[tuple[RouterSpec, ...]] = []  # per lane, one per router
-        self._groups: dict[tuple[tuple[int, ...], int], list[ops.Groups]] = {}
+        trained = [self._intern(router.spec) for router in self.routers]
+        self.policies = Policies(trained)
+        self.shared = Shared(spec, weights, device, dtype, self.routers, self.policies)
+        self._groups: dict[tuple[str, tuple[int, ...], int], list[ops.Groups]] = {}
+        self.step: Step | None = None
+        self.why_no_step = "switched off"
+        if len(self._devices) > 1:
+            self.why_no_step = "layers on several devices"
+        elif fused:
+            self.step, self.why_no_step = fused_step(self.shared)
+        if self.step is not None:
+            self.kernels.update(self.step.kernels)
 
-    def _build(self, weights: Mapping[str, Tensor]) -> list[list[Step]]:
+    def _build(self, weights: Mapping[str, Tensor], devices: Sequence[str]) -> list[Stage]:
         dtype = ops.DTYPES[self.dtype]
         index = 0
-        layers: list[list[Step]] = []
+        stages: list[Stage] = []
         for number, layer in enumerate(self.spec.layers):
-            steps: list[Step] = []
+            branches: list[Branching] = []
             for branch in layer.branches:
                 path = f"layers.{number}.{branch.name}"
                 run: Any
@@ -91,21 +121,22 @@ class TorchDecoder:
                         raise AssertionError(f"{type(other).__name__} should have been refused")
                 pre = _norm(branch.pre_norm, weights, f"{path}.pre_norm")
                 post = _norm(branch.post_norm, weights, f"{path}.post_norm")
-                steps.append((pre, run, post, branch))
-            layers.append(steps)
-        return layers
+                branches.append((pre, run, post, branch))
+            stages.append(Stage(devices[number], branches))
+        return stages
 
     # --- lanes ------------------------------------------------------------------------------
 
     def open(self, lanes: int, capacity: int) -> None:
         """Allocate, or re-allocate and lose nothing, for `lanes` lanes of `capacity` tokens."""
-        lanes, capacity = max(lanes, len(self._lengths)), max(capacity, self._capacity)
-        if lanes == len(self._lengths) and capacity == self._capacity:
+        shared = self.shared
+        lanes, capacity = max(lanes, shared.lanes), max(capacity, shared.capacity)
+        if lanes == shared.lanes and capacity == shared.capacity:
             return
         with torch.inference_mode():
             try:
-                for attention in self._attentions:
-                    attention.open(lanes, capacity, self.device)
+                for device, attention in self._attentions:
+                    attention.open(lanes, capacity, device)
             except (RuntimeError, MemoryError) as error:
                 size = self.cache_bytes(lanes, capacity) / 1e9
                 raise MoescopeError(
@@ -113,20 +144,39 @@ class TorchDecoder:
                     hint="fewer lanes or a shorter context",
                     code=ExitCode.RESOURCES,
                 ) from error
-            if capacity > self._capacity:
-                for key, rope in self._ropes.items():
-                    table = ops.rotary_table(rope, capacity, self.device)
-                    dtype = torch.float32 if rope.applies == "float32" else ops.DTYPES[self.dtype]
-                    cos, sin = (part.to(dtype).unsqueeze(1) for part in table)
-                    self._rotations[key] = cos, sin
-        self._capacity = capacity
-        trained = tuple(self._intern(router.spec) for router in self.routers)
-        for _ in range(lanes - len(self._lengths)):
-            self._lengths.append(0)
-            self._specs.append(trained)
+            if capacity > shared.capacity:
+                self._rotate(capacity)
+        self._lengths += [0] * (lanes - shared.lanes)
+        shared.lanes, shared.capacity = lanes, capacity
+        shared.caches = [attention.cache for _, attention in self._attentions]
+        self.policies.open(lanes)
+        if self.step is not None:
+            self.step.opened()
+
+    def _rotate(self, capacity: int) -> None:
+        """Tables of the rotary embeddings for `capacity` positions, on every device."""
+        self._tables = {}
+        self.shared.rotations = {}
+        for number, (device, attention) in enumerate(self._attentions):
+            if (rope := attention.spec.rope) is None:
+                continue
+            key = (device, id(rope))
+            if key not in self._tables:
+                cos, sin = ops.rotary_table(rope, capacity, device)
+                dtype = torch.float32 if rope.applies == "float32" else ops.DTYPES[self.dtype]
+                self._tables[key] = cos.to(dtype), sin.to(dtype)
+            self.shared.rotations[number] = self._tables[key]
 
     def set_policies(self, lane: int, policies: Sequence[RouterPolicy]) -> None:
         """From the next call on, `lane` routes under these, one per router."""
+        self.policies.set(lane, self._specs_of(policies))
+        self._groups.clear()
+
+    def set_shadows(self, policies: Sequence[Sequence[RouterPolicy]]) -> None:
+        """Route every row under these variants too, and execute nothing of it."""
+        self.policies.set_shadows([self._specs_of(variant) for variant in policies])
+
+    def _specs_of(self, policies: Sequence[RouterPolicy]) -> list[RouterSpec]:
         assert len(policies) == len(self.routers), "one policy per router"
         specs = []
         for router, policy in zip(self.routers, policies, strict=True):
@@ -141,8 +191,7 @@ class TorchDecoder:
                 )
             spec = RouterSpec(policy, router.spec.wiring).resolved(self.dtype)
             specs.append(self._intern(spec))
-        self._specs[lane] = tuple(specs)
-        self._groups.clear()
+        return specs
 
     def _intern(self, spec: RouterSpec) -> RouterSpec:
         """One object per spec, so that lanes are grouped by identity."""
@@ -162,7 +211,7 @@ class TorchDecoder:
         assert 0 <= length <= self._lengths[source]
         if source != target:
             with torch.inference_mode():
-                for attention in self._attentions:
+                for _, attention in self._attentions:
                     attention.copy(source, target, length)
         self._lengths[target] = length
 
@@ -180,6 +229,7 @@ class TorchDecoder:
         *,
         all_logits: bool = False,
         record: RecordLevel = "weights",
+        draws: Sequence[Draw] | None = None,
     ) -> StepOutput:
         """Feed T tokens to each of N lanes (token_ids [N, T]) after what they already hold.
 
@@ -188,30 +238,46 @@ class TorchDecoder:
         """
         lanes, ids = tuple(lanes), np.ascontiguousarray(token_ids, dtype=np.int64)
         self._check(lanes, ids)
-        if ids.shape[1] == 1 or len(lanes) == 1:
-            return self._run(lanes, ids, all_logits, record)
-        # A prompt lane by lane: what a lane computes must not depend on who is beside it.
-        outs = [
-            self._run((lane,), ids[n : n + 1], all_logits, record) for n, lane in enumerate(lanes)
-        ]
-        return _merge(outs)
+        if ids.shape[1] == 1:
+            out = self._one(lanes, ids, record, draws)
+        else:
+            # A prompt lane by lane: what a lane computes must not depend on who is beside it.
+            outs = [
+                self._run((lane,), ids[n : n + 1], all_logits, record)
+                for n, lane in enumerate(lanes)
+            ]
+            out = outs[0] if len(outs) == 1 else _merge(outs)
+        for lane in lanes:
+            self._lengths[lane] += ids.shape[1]
+        return out
+
+    def _one(
+        self,
+        lanes: tuple[int, ...],
+        ids: NDArray[np.int64],
+        record: RecordLevel,
+        draws: Sequence[Draw] | None,
+    ) -> StepOutput:
+        if self.step is None:
+            return self._run(lanes, ids, False, record)
+        starts = tuple(self._lengths[lane] for lane in lanes)
+        return self.step(lanes, starts, ids[:, 0], record, draws)
 
     def _run(
         self, lanes: tuple[int, ...], ids: NDArray[np.int64], all_logits: bool, record: RecordLevel
     ) -> StepOutput:
-        call = self._prepare(lanes, ids, keep_logits=record == "logits")
-        x = F.embedding(call.token_ids, self._embed)  # [R, H]
-        for steps in self._layers:
-            x = _run_layer(steps, x, call)
-        x = x.view(len(lanes), call.tokens, -1)
+        calls = self._prepare(lanes, ids, keep_logits=record == "logits")
+        first = calls[self.device]
+        x = F.embedding(first.token_ids, self._embed)  # [R, H]
+        for stage in self._stages:
+            x = _run_layer(stage.branches, x.to(stage.device), calls[stage.device])
+        x = x.to(self.device).view(len(lanes), first.tokens, -1)
         if not all_logits:
             x = x[:, -1:]
         shape = x.shape[:2]
         x = x.flatten(0, 1)
         logits = ops.linear(self._final(x) if self._final else x, self._head).view(*shape, -1)
-        for lane in lanes:
-            self._lengths[lane] += call.tokens
-        return _collect(call, logits, record)
+        return _collect(first, logits, record)
 
     def _check(self, lanes: tuple[int, ...], ids: NDArray[np.int64]) -> None:
         """Ids are known and there is room, in every lane."""
@@ -223,58 +289,67 @@ class TorchDecoder:
                 f"token id {int(ids[outside][0])}: expected 0..{self.vocab_size - 1}"
             )
         needed = max(self._lengths[lane] for lane in lanes) + ids.shape[1]
-        if needed > self._capacity:
+        if needed > self.shared.capacity:
             raise MoescopeError(
-                f"a lane holds at most {self._capacity} tokens, {needed} are needed",
+                f"a lane holds at most {self.shared.capacity} tokens, {needed} are needed",
                 code=ExitCode.RESOURCES,
             )
 
     def _prepare(
         self, lanes: tuple[int, ...], ids: NDArray[np.int64], *, keep_logits: bool
-    ) -> ops.Call:
-        """What the operators of one call share."""
+    ) -> dict[str, ops.Call]:
+        """What the operators of one call share, by device; routings go into the same lists."""
         tokens = ids.shape[1]
         starts = tuple(self._lengths[lane] for lane in lanes)
         at = np.concatenate([np.arange(start, start + tokens) for start in starts])
-        positions = torch.from_numpy(at).to(self.device)
-        call = ops.Call(
-            lanes,
-            starts,
-            tokens,
-            torch.from_numpy(ids).flatten().to(self.device),
-            positions,
-            self._grouped(lanes, tokens),
-            keep_logits,
-        )
-        for key, (cos, sin) in self._rotations.items():
-            call.rotations[key] = cos[positions], sin[positions]
-        return call
+        calls: dict[str, ops.Call] = {}
+        routings: list[Routing] = []
+        shadows: list[list[Routing]] = []
+        for device in self._devices:
+            positions = torch.from_numpy(at).to(device)
+            calls[device] = ops.Call(
+                lanes,
+                starts,
+                tokens,
+                torch.from_numpy(ids).flatten().to(device),
+                self._grouped(device, lanes, tokens),
+                self.policies.shadows,
+                keep_logits,
+                routings,
+                shadows,
+                {
+                    rope: (cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
+                    for (place, rope), (cos, sin) in self._tables.items()
+                    if place == device
+                },
+            )
+        return calls
 
-    def _grouped(self, lanes: tuple[int, ...], tokens: int) -> list[ops.Groups]:
+    def _grouped(self, device: str, lanes: tuple[int, ...], tokens: int) -> list[ops.Groups]:
         """Per router, the rows of lanes that route under the same spec."""
-        if (found := self._groups.get((lanes, tokens))) is not None:
+        if (found := self._groups.get((device, lanes, tokens))) is not None:
             return found
         every: list[ops.Groups] = []
         for index in range(len(self.routers)):
             rows: dict[int, list[int]] = {}
             specs: dict[int, RouterSpec] = {}
             for n, lane in enumerate(lanes):
-                spec = self._specs[lane][index]
+                spec = self.policies.specs[lane][index]
                 specs[id(spec)] = spec
                 rows.setdefault(id(spec), []).extend(range(n * tokens, (n + 1) * tokens))
             if len(specs) == 1:
                 every.append([(next(iter(specs.values())), None)])
             else:
-                every.append([(specs[k], torch.tensor(rows[k], device=self.device)) for k in specs])
+                every.append([(specs[k], torch.tensor(rows[k], device=device)) for k in specs])
         if len(self._groups) > 64:
             self._groups.clear()
-        self._groups[lanes, tokens] = every
+        self._groups[device, lanes, tokens] = every
         return every
 
 
-def _run_layer(steps: list[Step], x: Tensor, call: ops.Call) -> Tensor:
+def _run_layer(branches: list[Branching], x: Tensor, call: ops.Call) -> Tensor:
     taps = {RESIDUAL: x}
-    for pre, run, post, branch in steps:
+    for pre, run, post, branch in branches:
         read = taps[branch.reads]
         h = read if pre is None else pre(read)
         if isinstance(run, ops.TorchMoE):
@@ -293,26 +368,41 @@ def _run_layer(steps: list[Step], x: Tensor, call: ops.Call) -> Tensor:
 
 
 def _collect(call: ops.Call, logits: Tensor, record: RecordLevel) -> StepOutput:
-    """What the routers decided, as numpy [N, T, L, ...]."""
+    """What the routers decided, as numpy [N, T, L, ...]; shadows [N, T, S, L, ...]."""
     shape = (len(call.lanes), call.tokens)
 
-    def stacked(name: str, dtype: Any) -> NDArray[Any]:
-        parts = _aligned([getattr(routing, name) for routing in call.routings], name)
+    def stacked(routings: list[Routing], name: str, dtype: Any) -> NDArray[Any]:
+        parts = _aligned([getattr(routing, name).to(logits.device) for routing in routings], name)
         whole = torch.stack(parts, 1).cpu().numpy()  # [R, L, ...]
         return whole.reshape(*shape, *whole.shape[1:]).astype(dtype, copy=False)
 
-    ids = stacked("expert_ids", np.int16)
+    def own(name: str, dtype: Any = np.float32) -> NDArray[Any]:
+        return stacked(call.routings, name, dtype)
+
+    def shadowed(name: str, dtype: Any = np.float32) -> NDArray[Any] | None:
+        """The shadows' routings, which stand router by router."""
+        if not call.shadows:
+            return None
+        flat = [routing for routings in call.shadow_routings for routing in routings]
+        whole = stacked(flat, name, dtype)
+        apart = whole.reshape(*shape, -1, len(call.shadows), *whole.shape[3:])
+        return apart.swapaxes(2, 3)
+
+    ids = own("expert_ids", np.int16)
     invalid = (ids[..., 0] < 0).any(axis=(0, 1))
     wanted = record != "ids"
     return StepOutput(
         logits=logits.float().cpu().numpy(),
         expert_ids=ids,
-        **{name: stacked(name, np.float32) for name in ("score_sum", "mass", "entropy", "margin")},
-        runner_up=stacked("runner_up", np.int16),
-        weights=stacked("weights", np.float32) if wanted else None,
-        scores=stacked("scores", np.float32) if wanted else None,
-        router_logits=stacked("logits", np.float32) if record == "logits" else None,
+        **{name: own(name) for name in ("score_sum", "mass", "entropy", "margin")},
+        runner_up=own("runner_up", np.int16),
+        weights=own("weights") if wanted else None,
+        scores=own("scores") if wanted else None,
+        router_logits=own("logits") if record == "logits" else None,
         invalid_router=int(invalid.argmax()) if invalid.any() else None,
+        shadow_ids=shadowed("expert_ids", np.int16),
+        shadow_weights=shadowed("weights") if wanted else None,
+        shadow_sums=shadowed("score_sum"),
     )
 
 
@@ -333,16 +423,16 @@ def _aligned(parts: list[Tensor], name: str) -> list[Tensor]:
 
 def _merge(outs: list[StepOutput]) -> StepOutput:
     """Outputs of single lanes as one; lanes may differ in K."""
-    K = max(out.expert_ids.shape[-1] for out in outs)
 
     def joined(name: str) -> NDArray[Any] | None:
         parts = [getattr(out, name) for out in outs]
         if parts[0] is None:
             return None
-        if name in ("expert_ids", "weights", "scores"):
-            fill = -1 if name == "expert_ids" else 0
+        if name.endswith(("_ids", "weights", "scores")):
+            K = max(part.shape[-1] for part in parts)
+            fill = -1 if name.endswith("_ids") else 0
             parts = [
-                np.pad(p, [(0, 0)] * 3 + [(0, K - p.shape[-1])], constant_values=fill)
+                np.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, K - p.shape[-1])], constant_values=fill)
                 for p in parts
             ]
         return np.concatenate(parts)
@@ -356,7 +446,3 @@ def _norm(
     norm: Norm | None, weights: Mapping[str, Tensor], path: str
 ) -> Callable[[Tensor], Tensor] | None:
     return None if norm is None else ops.make_norm(norm, weights[f"{path}.weight"])
-
-
-def _keeps_state(run: Any) -> bool:
-    return isinstance(run, ops.TorchAttention)

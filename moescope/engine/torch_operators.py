@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -37,11 +37,12 @@ class Call:
     starts: tuple[int, ...]
     tokens: int
     token_ids: Tensor  # [R]
-    positions: Tensor  # [R]
     groups: list[Groups]  # per router
+    shadows: tuple[tuple[RouterSpec, ...], ...]  # per shadow variant, one spec per router
     keep_logits: bool
-    routings: list[Routing] = field(default_factory=list)
-    rotations: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    routings: list[Routing]  # filled router by router, and per router the shadows'
+    shadow_routings: list[list[Routing]]
+    rotations: dict[int, tuple[Tensor, Tensor]]  # by the id of a rope: cos, signed sin [R, 1, D]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -264,6 +265,9 @@ class TorchMoE:
             else self._route_groups(seen, groups, call)
         )
         call.routings.append(routing)
+        if call.shadows:
+            variants = [self._route(seen, specs[self.index], call) for specs in call.shadows]
+            call.shadow_routings.append(variants)
         out = self.experts(h, routing.expert_ids, routing.weights)
         for spec, rows in groups:
             if spec.output_scale != 1.0:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.engine.interpreter import Router, StepOutput
+from moescope.engine.interpreter import Draw, Router, StepOutput
 from moescope.engine.protocol import Loading, LoadRequest
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels import route
@@ -59,6 +59,7 @@ class FakeInterpreter:
         self.capacity = 0
         self.states: list[list[NDArray[Any]]] = []
         self.policies: dict[int, Sequence[RouterPolicy]] = {}
+        self.shadows: Sequence[Sequence[RouterPolicy]] = ()
         self.calls: list[tuple[tuple[int, ...], int]] = []
         self.hook: Callable[[FakeInterpreter], None] = lambda _: None
 
@@ -70,6 +71,9 @@ class FakeInterpreter:
         assert lane < len(self.states) and len(policies) == LAYERS
         self.policies[lane] = policies
 
+    def set_shadows(self, policies: Sequence[Sequence[RouterPolicy]]) -> None:
+        self.shadows = policies
+
     def run(
         self,
         lanes: Sequence[int],
@@ -77,6 +81,7 @@ class FakeInterpreter:
         *,
         all_logits: bool = False,
         record: RecordLevel = "weights",
+        draws: Sequence[Draw] | None = None,
     ) -> StepOutput:
         self.calls.append((tuple(lanes), token_ids.shape[1]))
         self.hook(self)
@@ -91,12 +96,35 @@ class FakeInterpreter:
             for name in rows[0][0][1]
         }
         bad = np.isnan(stacked["score_sum"]).any(axis=(0, 1))
+        shadows = self._shadowed(stacked["logits"]) if self.shadows else {}
         return StepOutput(
             logits=logits if all_logits else logits[:, -1:],
             invalid_router=int(bad.argmax()) if bad.any() else None,
             router_logits=stacked.pop("logits"),
             **stacked,
+            **shadows,
         )
+
+    def _shadowed(self, logits: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Router logits [N, T, L, E] under every shadow variant."""
+        found: dict[str, list[Any]] = {"expert_ids": [], "weights": [], "score_sum": []}
+        for policies in self.shadows:
+            for layer, policy in enumerate(policies):
+                router = replace(self.routers[layer].spec, policy=policy)
+                routing = route(logits[:, :, layer].reshape(-1, EXPERTS), router)
+                for name, values in found.items():
+                    values.append(_wide(np.asarray(getattr(routing, name)), name, EXPERTS))
+        shape = (*logits.shape[:2], len(self.shadows), LAYERS)
+
+        def whole(name: str) -> NDArray[Any]:
+            by_row = np.stack(found[name], 1)
+            return by_row.reshape(*shape, *by_row.shape[2:])
+
+        return {
+            "shadow_ids": whole("expert_ids").astype(np.int16),
+            "shadow_weights": whole("weights"),
+            "shadow_sums": whole("score_sum"),
+        }
 
     def _token(self, lane: int, token: int) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
         state = self.states[lane]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescope import variants
+from moescope.engine import sampling
 from moescope.engine import session as session_module
+from moescope.engine.interpreter import Draw
 from moescope.engine.protocol import (
     Finished,
     Generate,
@@ -550,3 +552,85 @@ def test_the_meta_says_what_made_the_trace() -> None:
     assert [r.layer for r in meta.routers] == [0, 1, 2] and meta.redacted
     assert meta.models[0]["tokenizer_hash"] == "fake" and meta.record == "ids"
     assert meta.engine["device"] == "cpu" and meta.routers[0].num_experts_per_tok == 3
+
+
+# --- shadow variants, and tokens drawn by the device ----------------------------------------------
+
+
+def test_shadow_variants_are_recorded_beside_the_real_choice(tmp_path: Path) -> None:
+    model = fake()
+    names = ("softmax_over_selected", "num_experts_per_tok=1")
+    with TraceWriter(tmp_path / "x.moetrace", trace_meta(model)) as writer:
+        session, frames = run(model=model, writer=writer, record="logits", shadows=names)
+        session.close()
+    _, plain = run(record="logits")
+    with TraceReader.open(tmp_path / "x.moetrace") as reader:
+        read = list(reader.frames())
+    assert len(frames) == len(plain) == len(read) > 0
+    for frame, other, again in zip(frames, plain, read, strict=True):
+        same(frame, other, but=("lane", "shadow"))
+        assert frame.shadow is not None and again.shadow is not None
+        assert tuple(frame.shadow) == tuple(again.shadow) == names
+        for name, shadow in frame.shadow.items():
+            policies = session._policies(name)[1]
+            for layer, policy in enumerate(policies):
+                spec = replace(model.interpreter.routers[layer].spec, policy=policy)
+                wanted = route(frame.logits[layer][None], spec)
+                K = policy.num_experts_per_tok
+                assert np.array_equal(shadow["expert_ids"][layer, :K], wanted.expert_ids[0])
+                assert shadow["score_sum"][layer] == pytest.approx(wanted.score_sum[0])
+            for column, values in shadow.items():
+                assert np.array_equal(values, again.shadow[name][column])
+
+
+def test_shadow_variants_are_checked() -> None:
+    with pytest.raises(MoescopeError, match="nonsense"):
+        run(shadows=("nonsense",))
+    with pytest.raises(MoescopeError, match="at most 8 shadow variants"):
+        run(shadows=[f"num_experts_per_tok=1@{n % 3}/norm_p={1 + n}" for n in range(9)])
+
+
+class DrawingModel(FakeModel):
+    """Draws like a device: with the numbers it is given, and before the session asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[Draw] | None] = []
+        run_plain = self.interpreter.run
+
+        def run(lanes, ids, *, draws=None, **options):  # type: ignore[no-untyped-def]
+            self.asked.append(draws)
+            out = run_plain(lanes, ids, **options)
+            if draws is None:
+                return out
+            drawn = []
+            for row, draw in enumerate(draws):
+                expected = sampling.Expectation.of(out.logits[row, -1])
+                assert draw.uniform == sampling.uniform(draw.sampling.seed, draw.position)
+                drawn.append(sampling.choose(expected, draw.sampling, draw.position))
+            return replace(out, drawn=np.array(drawn))
+
+        self.interpreter.run = run  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("same_tokens", [False, True])
+def test_a_device_that_draws_gives_the_tokens_the_host_draws(same_tokens: bool) -> None:
+    device = DrawingModel()
+    variants = EXPRESSIONS[:2]
+    _, frames = run(variants, model=device, same_tokens=same_tokens)
+    _, plain = run(variants, same_tokens=same_tokens)
+    assert [f.token_id for f in frames] == [f.token_id for f in plain]
+    decoding = device.asked[1:]
+    if same_tokens:
+        assert decoding == [None] * len(decoding)  # lane 0 decides for the others
+    else:
+        # known in advance but where a lane is fed its last token
+        assert [d is None for d in decoding].count(True) <= len(variants)
+        assert decoding[-1] is None
+
+
+def test_nothing_is_drawn_for_a_prompt_that_is_forced() -> None:
+    device = DrawingModel()
+    session = Session(device, FakeTokenizer())
+    list(session.generate(Generate(PROMPT, sampling=HOT), force_ids=[1, 2, 3]))
+    assert device.asked == [None] * len(device.asked)

@@ -185,6 +185,38 @@ def test_policies_belong_to_lanes(folder: Path) -> None:
     assert np.allclose(out.score_sum[2], 1.0, atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_shadows_route_the_same_logits_and_change_nothing(folder: Path, tokens: int) -> None:
+    model = fresh(folder, lanes=2)
+    trained = [router.spec.policy for router in model.routers]
+    variants = (
+        [replace(policy, norm_topk_prob=True) for policy in trained],
+        [replace(policy, num_experts_per_tok=5) for policy in trained],
+    )
+    plain = model.run([0, 1], IDS[:2, :tokens], record="logits")
+    for lane in (0, 1):
+        model.truncate(lane, 0)
+    model.set_shadows(variants)
+    out = model.run([0, 1], IDS[:2, :tokens], record="logits")
+    assert plain.shadow_ids is None
+    for name in ("logits", "expert_ids", "weights", "margin", "router_logits"):
+        assert np.array_equal(getattr(out, name), getattr(plain, name)), name
+    assert out.shadow_ids is not None and out.shadow_ids.shape == (2, tokens, 2, 4, 5)
+    assert out.shadow_weights is not None and out.shadow_sums is not None
+    assert out.router_logits is not None
+    for place, policies in enumerate(variants):
+        for index, policy in enumerate(policies):
+            spec = replace(model.routers[index].spec, policy=policy)
+            wanted = route(out.router_logits[:, :, index].reshape(-1, 8), spec)
+            ids = out.shadow_ids[:, :, place, index].reshape(-1, 5)
+            weights = out.shadow_weights[:, :, place, index].reshape(-1, 5)
+            K = policy.num_experts_per_tok
+            assert (ids[:, :K] == wanted.expert_ids).all() and (ids[:, K:] == -1).all()
+            assert np.allclose(weights[:, :K], wanted.weights, atol=1e-6)
+            sums = out.shadow_sums[:, :, place, index].reshape(-1)
+            assert np.allclose(sums, wanted.score_sum, atol=1e-6)
+
+
 def test_a_policy_changes_what_follows_and_trained_restores(folder: Path) -> None:
     model = fresh(folder)
     trained = [router.spec.policy for router in model.routers]
@@ -212,7 +244,7 @@ def test_scale_on_the_routed_output_equals_scale_on_the_weights(folder: Path) ->
 def test_quantised_gate_is_the_reference_gate(folder: Path) -> None:
     """`gate_quant_bits` changes the gate that is used, as `kernels.gate_logits` defines it."""
     model = fresh(folder)
-    moe = model._layers[0][1][1]
+    moe = model._stages[0].branches[1][1]
     policies = [replace(router.spec.policy, gate_quant_bits=4) for router in model.routers]
     model.set_policies(0, policies)
     h = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
@@ -232,7 +264,7 @@ def test_quantised_gate_is_the_reference_gate(folder: Path) -> None:
 def test_experts_are_the_plain_sum(folder: Path, on_input: bool, rows: int) -> None:
     """Sorted by expert or one by one: the weighted sum over the picks, empty slots (-1) and null
     experts (ids from E on) left out, the weight on the output or on the input."""
-    experts = fresh(folder)._layers[0][1][1].experts
+    experts = fresh(folder)._stages[0].branches[1][1].experts
     experts.wiring = replace(experts.wiring, apply_router_weight_on_input=on_input)
     generator = torch.Generator().manual_seed(rows)
     h = torch.randn(rows, 64, generator=generator)
@@ -252,7 +284,7 @@ def test_experts_are_the_plain_sum(folder: Path, on_input: bool, rows: int) -> N
 @pytest.mark.parametrize("position", [0, 5])
 def test_invalid_router_is_named(folder: Path, position: int) -> None:
     model = fresh(folder)
-    broken = model._layers[2][1][1]
+    broken = model._stages[2].branches[1][1]
     broken.gate = broken.gate.clone()
     broken.gate[3, 7] = float("nan")
     if position:
@@ -277,7 +309,7 @@ def test_ids_outside_the_vocabulary_are_refused(folder: Path, wrong: int) -> Non
 
 def test_a_full_lane_is_refused(folder: Path) -> None:
     model = fresh(folder)
-    room = model._capacity
+    room = model.shared.capacity
     model.run([0], np.zeros((1, room), np.int64))
     with pytest.raises(MoescopeError, match=f"at most {room} tokens, {room + 1} are needed"):
         model.run([0], np.array([[1]]))
@@ -293,8 +325,8 @@ def test_more_experts_than_a_kernel_has_room_for_are_refused(folder: Path) -> No
 
 def test_cache_bytes_are_what_open_allocates(folder: Path) -> None:
     model = fresh(folder, lanes=3)
-    held = sum(a.cache.nbytes for a in model._attentions)
-    assert model.cache_bytes(3, model._capacity) == held
+    held = sum(cache.nbytes for cache in model.shared.caches)
+    assert model.cache_bytes(3, model.shared.capacity) == held
 
 
 def test_what_the_interpreter_does_not_do_is_refused_by_field(folder: Path) -> None:
