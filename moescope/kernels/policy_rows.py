@@ -20,7 +20,7 @@ from moescope.kernels.reference import biased_dtype, check_spec, round_to
 from moescope.kernels.spec import MODEL_DTYPES as DTYPES
 from moescope.kernels.spec import RouterPolicy, RouterSpec
 
-# What stands in which column. `moescope_kernels.h` and `triton_ops/columns.py` name the same ones.
+# What stands in which column. `native/router.h` and `triton_ops/columns.py` name the same ones.
 COLUMNS = (
     "num_experts_per_tok",
     "logits_dtype",
@@ -61,8 +61,9 @@ def pack(spec: RouterSpec, *, gate: int = 0) -> NDArray[np.float64]:
     check_spec(spec)
     p, w = spec.policy, spec.wiring
     ungrouped = p.n_group == 1 or p.topk_group == p.n_group
+    threshold = round_to(np.array([2 * p.router_jitter_noise]), p.score_dtype)
     derived: dict[str, Any] = {
-        "sparsemixer_threshold": round_to(np.array(2 * p.router_jitter_noise), p.score_dtype),
+        "sparsemixer_threshold": threshold[0],
         "biased_dtype": DTYPES.index(biased_dtype(p)),
         "n_group": 1 if ungrouped else p.n_group,
         "topk_group": 1 if ungrouped else p.topk_group,

@@ -1,0 +1,98 @@
+/* The router on one row of logits: what kernels/reference.py defines, in C.
+
+   A policy is a row of numbers, packed by kernels/policy_rows.py; the enums below name its columns
+   and words in the same order. No allocation, no state: safe from any number of threads. */
+
+#ifndef MOESCOPE_ROUTER_H
+#define MOESCOPE_ROUTER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { MK_POLICY_WIDTH = 32, MK_EXPERTS_MAX = 4096, MK_PICKS_MAX = 64 };
+
+enum mk_column {
+    MK_NUM_EXPERTS_PER_TOK,
+    MK_LOGITS_DTYPE,
+    MK_ROUTER_LOGIT_SCALE,
+    MK_ROUTER_LOGIT_SOFTCAPPING,
+    MK_SCORING_FUNC,
+    MK_SCORE_ORDER,
+    MK_SCORE_PASSES,
+    MK_SCORE_DTYPE,
+    MK_SPARSEMIXER_THRESHOLD,
+    MK_CORRECTION_BIAS,
+    MK_CORRECTION_BIAS_DTYPE,
+    MK_BIASED_DTYPE,
+    MK_N_GROUP,
+    MK_TOPK_GROUP,
+    MK_GROUP_SCORE,
+    MK_GROUP_MASK_FILL,
+    MK_TIE_BREAK,
+    MK_WEIGHTS_FROM,
+    MK_NORM_TOPK_PROB,
+    MK_NORM_P,
+    MK_NORM_EPS,
+    MK_NORM_EPS_MODE,
+    MK_PER_EXPERT_SCALE,
+    MK_WEIGHT_SCALE,
+    MK_OUTPUT_SCALE,
+    MK_COMBINE_DTYPE,
+    MK_WEIGHTLESS_FROM,
+    MK_HASH_TABLE,
+    MK_GATE,
+};
+
+enum mk_dtype { MK_DTYPE_FLOAT32, MK_DTYPE_BFLOAT16, MK_DTYPE_FLOAT16 };
+enum mk_scoring_func {
+    MK_SCORING_FUNC_SOFTMAX,
+    MK_SCORING_FUNC_SIGMOID,
+    MK_SCORING_FUNC_SQRTSOFTPLUS,
+    MK_SCORING_FUNC_SPARSEMIXER,
+};
+enum mk_score_order { MK_SCORE_ORDER_SCORE_THEN_TOPK, MK_SCORE_ORDER_TOPK_THEN_SCORE };
+enum mk_correction_bias {
+    MK_CORRECTION_BIAS_NONE,
+    MK_CORRECTION_BIAS_SCORE,
+    MK_CORRECTION_BIAS_LOGIT,
+};
+enum mk_group_score { MK_GROUP_SCORE_MAX, MK_GROUP_SCORE_TOP2_SUM };
+enum mk_group_mask_fill { MK_GROUP_MASK_FILL_MINUS_INF, MK_GROUP_MASK_FILL_0 };
+enum mk_tie_break { MK_TIE_BREAK_LOWER_ID, MK_TIE_BREAK_HIGHER_ID };
+enum mk_weights_from {
+    MK_WEIGHTS_FROM_SCORES,
+    MK_WEIGHTS_FROM_BIASED_SCORES,
+    MK_WEIGHTS_FROM_BIASED_MINUS_BIAS,
+    MK_WEIGHTS_FROM_LOGITS,
+};
+enum mk_norm_eps_mode { MK_NORM_EPS_MODE_ADD, MK_NORM_EPS_MODE_CLAMP, MK_NORM_EPS_MODE_UNIFORM };
+
+/* Where the four sums of a row stand. */
+enum mk_scalar { MK_SCORE_SUM, MK_MASS, MK_ENTROPY, MK_MARGIN, MK_SCALARS };
+
+/* Bytes of scratch that one thread needs for rows of E logits. */
+size_t mk_route_scratch(int E);
+
+/* Route one row. Places from the policy's K on hold id -1, score 0 and weight 0. An invalid row
+   (see reference.py; also a policy that does not fit E or K_max, an input that it needs and that is
+   NULL, a hash id out of range) holds ids -1, weights 0, and NaN elsewhere. */
+void mk_route(const float *logits,           /* [E] */
+              int E, const double *policy,   /* [MK_POLICY_WIDTH] */
+              const float *bias,             /* [E] or NULL */
+              const float *per_expert_scale, /* [E] or NULL */
+              const int32_t *hash_ids,       /* [K] or NULL */
+              int K_max, int32_t *expert_ids, float *scores, float *weights, /* [K_max] */
+              float *scalars,                                                /* [MK_SCALARS] */
+              int32_t *runner_up, void *scratch);
+
+/* Route T rows, each under P of the policies `policies` [R, MK_POLICY_WIDTH]: `row_of` [T, P] says
+   which; -1: none, whose place holds ids -1 and zeros. Strides are in elements from one row of T to
+   the next (0: one vector for all); outputs are [T, P, ...] without gaps. */
+void mk_route_rows(const float *logits, ptrdiff_t logits_stride, int T, int E,
+                   const double *policies, int R, const int32_t *row_of, int P, const float *bias,
+                   ptrdiff_t bias_stride, const float *per_expert_scale, ptrdiff_t scale_stride,
+                   const int32_t *hash_ids, ptrdiff_t hash_stride, int K_max, int32_t *expert_ids,
+                   float *scores, float *weights, float *scalars, int32_t *runner_up,
+                   void *scratch);
+
+#endif
