@@ -18,7 +18,15 @@ def add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> Non
         nargs="?" if optional else None,
         help="a checkpoint folder, org/name from the local hub cache, or demo",
     )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mlx"))
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mlx"))
+    where.add_argument(
+        "--devices",
+        type=names,
+        default=(),
+        metavar="LIST",
+        help="split the layers over several, e.g. cuda:0,cuda:1",
+    )
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
     )
@@ -68,6 +76,10 @@ def add_recording(
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
 
 
 def positive(text: str) -> int:
@@ -189,6 +201,7 @@ def request_of(args: argparse.Namespace, **more: Any) -> Any:
     return LoadRequest(
         model=model_of(args.model),
         device=args.device,
+        devices=args.devices,
         dtype=args.dtype,
         max_context=args.max_context,
         **more,

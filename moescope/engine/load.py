@@ -8,14 +8,13 @@ place (experts into one tensor per layer), so that little more than the weights 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from moescope.engine import families, parameters
+from moescope.engine import devices, families, parameters
 from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.decoder import DecoderSpec, state_bytes
 from moescope.engine.families.names import Piece, Plan, place
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[Loading], None]
 SMALL = 1_000_000_000  # bytes of weights below which a CPU runs in float32
-RESERVE = 0.02  # of the weights: buffers, logits, the allocator's rounding
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _REPORT_SECONDS = 0.05
@@ -60,8 +58,15 @@ class Inspected:
     plan: Plan
     device: str
     dtype: str
+    split: devices.Split | None  # where layers live, if on several devices
     memory: dict[str, int]
     facts: dict[str, Any]
+
+    def device_of(self, target: str) -> str:
+        """The device of one of our tensors."""
+        if self.split is None or not target.startswith("layers."):
+            return self.device
+        return self.split.layers[int(target.split(".")[1])]
 
 
 def load_model(request: LoadRequest, progress: Progress = lambda event: None) -> LoadedModel:
@@ -73,7 +78,7 @@ def load_model(request: LoadRequest, progress: Progress = lambda event: None) ->
     progress(Loading("checking", 0, 0, "config.json and the header of every shard"))
     found = inspect(request)
     try:
-        check_memory(found.memory)
+        check_memory(found)
         weights, notes = _read(found, progress)
     finally:
         found.checkpoint.close()
@@ -88,7 +93,8 @@ def load_model(request: LoadRequest, progress: Progress = lambda event: None) ->
 def inspect(request: LoadRequest) -> Inspected:
     """Check a checkpoint and compute the memory it needs; reads no weights. The caller closes
     `.checkpoint`."""
-    device = choose_device(request.device)
+    named = devices.check_devices(request.devices) if request.devices else ()
+    device = named[0] if named else devices.choose_device(request.device)
     checkpoint = Checkpoint.open(request.model)
     try:
         family = families.family_of(checkpoint.config)
@@ -97,30 +103,16 @@ def inspect(request: LoadRequest) -> Inspected:
         dtype = choose_dtype(request.dtype, device, checkpoint, plan)
         spec = families.resolved(spec, dtype)
         memory = memory_needed(spec, dtype, device, request.max_context)
+        split = _split(named, spec, dtype, device, memory)
+        if split is not None:
+            device = split.devices[0]
         facts = _facts(checkpoint, family, spec, plan, device, dtype, memory)
-        return Inspected(checkpoint, family, spec, plan, device, dtype, memory, facts)
+        if split is not None:
+            facts["devices"] = list(split.devices)
+        return Inspected(checkpoint, family, spec, plan, device, dtype, split, memory, facts)
     except BaseException:
         checkpoint.close()
         raise
-
-
-def choose_device(wanted: str) -> str:
-    """`auto` is CUDA where torch has it, else the CPU."""
-    import torch
-
-    if wanted == "mlx":
-        raise MoescopeError(
-            "device mlx: this version has no Metal interpreter yet", hint="--device cpu"
-        )
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise MoescopeError(f"device: expected auto, cpu, cuda or mlx, found {wanted[:20]!r}")
-    usable = torch.cuda.is_available()
-    if wanted == "cuda" and not usable:
-        raise MoescopeError(
-            "device cuda: torch finds no CUDA device here",
-            hint="--device cpu, or a torch built for CUDA",
-        )
-    return "cuda" if usable and wanted != "cpu" else "cpu"
 
 
 def choose_dtype(wanted: str, device: str, checkpoint: Checkpoint, plan: Plan) -> str:
@@ -134,7 +126,7 @@ def choose_dtype(wanted: str, device: str, checkpoint: Checkpoint, plan: Plan) -
         raise MoescopeError(f"dtype: expected {expected}, found {wanted[:20]!r}")
     total = sum(prod(placement.shape) for placement in plan.placements)
     small = total * ITEM_BYTES[stored] < SMALL
-    return "float32" if device == "cpu" and small else stored
+    return "float32" if device.startswith("cpu") and small else stored
 
 
 def _stored_dtype(checkpoint: Checkpoint, plan: Plan) -> str:
@@ -163,60 +155,37 @@ def memory_needed(spec: DecoderSpec, dtype: str, device: str, max_context: int) 
         "weights": weights,
         "cache": cache,
         "cache_tokens": tokens,
-        "needed": int(weights * (1 + RESERVE)) + cache,
-        "free": free_bytes(device),
+        "needed": int(weights * (1 + devices.RESERVE)) + cache,
+        "free": devices.free_bytes(device),
     }
 
 
-def check_memory(memory: dict[str, int]) -> None:
+def check_memory(found: Inspected) -> None:
     """Raise RESOURCES where the model does not fit."""
-    if memory["needed"] > memory["free"]:
-        raise out_of_memory(memory)
+    memory = found.memory
+    if found.split is None and memory["needed"] > memory["free"]:
+        raise devices.out_of_memory(memory)
 
 
-def out_of_memory(memory: dict[str, int]) -> MoescopeError:
-    gb = {name: f"{size / 1e9:.1f}" for name, size in memory.items()}
-    return MoescopeError(
-        f"needs {gb['needed']} GB (weights {gb['weights']} + cache {gb['cache']}); "
-        f"free {gb['free']} GB",
-        hint="a smaller model, a shorter context, --dtype bfloat16, or end other programs",
-        code=ExitCode.RESOURCES,
-    )
-
-
-def free_bytes(device: str) -> int:
-    """Memory that can still be taken: of the GPU, or of this machine and its control group."""
-    if device == "cuda":
+def _split(
+    names: tuple[str, ...], spec: DecoderSpec, dtype: str, device: str, memory: dict[str, int]
+) -> devices.Split | None:
+    """Over the devices asked for, or over all GPUs where one does not hold the model. RESOURCES
+    where those do not hold it either."""
+    if not names and device == "cuda" and memory["needed"] > memory["free"]:
         import torch
 
-        return int(torch.cuda.mem_get_info()[0])
-    found = [size for size in (_available(), _left_in_group()) if size is not None]
-    if found:
-        return min(found)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _available() -> int | None:
-    """What Linux says can be had without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return None
-
-
-def _left_in_group() -> int | None:
-    """What a container's limit leaves (control groups, version 2)."""
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
-            most = int(limit.read())
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as used:
-            return max(0, most - int(used.read()))
-    except (OSError, ValueError):
+        names = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    if len(names) < 2:
         return None
+    free = {name: devices.free_bytes(name) for name in names}
+    split = devices.split_layers(spec, ITEM_BYTES[dtype], memory["cache_tokens"], free)
+    memory["free"] = sum(free.values())
+    if split is None:
+        listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in free.items())
+        hint = f"free are {listed}; a shorter context, --dtype bfloat16, or more devices"
+        raise devices.out_of_memory(memory, hint=hint)
+    return split
 
 
 class _Reporter:
@@ -243,7 +212,7 @@ def _read(found: Inspected, progress: Progress) -> tuple[dict[str, Tensor], list
     weights: dict[str, Tensor] = {}
     notes: list[str] = []
     for placement in found.plan.placements:
-        target = _empty(placement.shape, found)
+        target = _empty(placement.shape, placement.target, found)
         for piece in placement.pieces:
             report.what = checkpoint.tensors[piece.source].shard
             checkpoint.read_torch(piece.source, out=_rows(target, piece), progress=report)
@@ -264,13 +233,15 @@ def _called(target: str) -> str:
     return f"layer {words[1]}: " + ("the router" if words[-2] == "gate" else ".".join(words[2:]))
 
 
-def _empty(shape: tuple[int, ...], found: Inspected) -> Tensor:
+def _empty(shape: tuple[int, ...], target: str, found: Inspected) -> Tensor:
     import torch
 
+    device = found.device_of(target)
     try:
-        return torch.empty(shape, dtype=getattr(torch, found.dtype), device=found.device)
+        return torch.empty(shape, dtype=getattr(torch, found.dtype), device=device)
     except (RuntimeError, MemoryError) as error:
-        raise out_of_memory({**found.memory, "free": free_bytes(found.device)}) from error
+        memory = {**found.memory, "free": devices.free_bytes(device)}
+        raise devices.out_of_memory(memory) from error
 
 
 def _rows(target: Tensor, piece: Piece) -> Tensor:
@@ -297,7 +268,8 @@ def _non_finite(tensor: Tensor) -> int:
 def _interpreter(found: Inspected, weights: dict[str, Tensor]) -> Interpreter:
     from moescope.engine.torch_decoder import TorchDecoder
 
-    return TorchDecoder(found.spec, weights, device=found.device, dtype=found.dtype)
+    layers = found.split.layers if found.split is not None else ()
+    return TorchDecoder(found.spec, weights, device=found.device, dtype=found.dtype, devices=layers)
 
 
 def _facts(

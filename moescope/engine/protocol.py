@@ -34,6 +34,7 @@ class LoadRequest:
 
     model: str
     device: str = "auto"  # auto | cpu | cuda | mlx
+    devices: tuple[str, ...] = ()  # instead of `device`: layers split over cuda:0, cuda:1, ...
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     record: RecordLevel = "logits"
     trace_path: str | None = None

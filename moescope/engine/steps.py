@@ -115,7 +115,7 @@ class Step(Protocol):
 
 def fused_step(shared: Shared) -> tuple[Step | None, str]:
     """The fused step for a decoder, or None and why there is none."""
-    place, name = STEPS["cpu" if shared.device == "cpu" else "cuda"]
+    place, name = STEPS["cpu" if shared.device.startswith("cpu") else "cuda"]
     try:
         kind = getattr(import_module(place), name)
     except ModuleNotFoundError as error:
