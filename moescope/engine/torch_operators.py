@@ -347,25 +347,33 @@ class TorchExperts:
         return out
 
     def _many(self, h: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Rows sorted by expert; each expert's rows in one product."""
-        K = ids.shape[1]
-        order = torch.argsort(ids.reshape(-1), stable=True)
-        ranked = ids.reshape(-1)[order]
-        chosen, counts = torch.unique_consecutive(ranked, return_counts=True)
-        out, start = torch.zeros_like(h), 0
-        for expert, number in zip(chosen.tolist(), counts.tolist(), strict=True):
-            picks = order[start : start + number]
-            start += number
-            if not 0 <= expert < len(self.down):
-                continue
-            rows = picks // K
-            scale = weights.reshape(-1)[picks, None]
-            x = h[rows]
-            if self.wiring.apply_router_weight_on_input:
-                x, scale = (x * scale).to(h.dtype), torch.ones_like(scale)
-            gate, up = linear(x, self.gate_up[expert]).chunk(2, -1)
-            part = linear(self.activation(gate) * up, self.down[expert])
-            out.index_add_(0, rows, (part * scale).to(h.dtype))
+        """Rows sorted by expert, each expert's in one product; a row's parts are then added up in
+        the order of experts."""
+        R, K = ids.shape
+        flat = ids.reshape(-1)
+        order = torch.argsort(flat, stable=True)
+        chosen, counts = torch.unique_consecutive(flat[order], return_counts=True)
+        scale = weights.reshape(-1)[order, None]
+        x = h[order // K]
+        if self.wiring.apply_router_weight_on_input:
+            x, scale = (x * scale).to(h.dtype), torch.ones_like(scale)
+        spans = list(zip(chosen.tolist(), torch.split(x, counts.tolist()), strict=True))
+        real = [(e, part) for e, part in spans if 0 <= e < len(self.down)]
+        if not real:
+            return torch.zeros_like(h)
+        both = torch.cat([linear(part, self.gate_up[e]) for e, part in real])
+        gate, up = both.chunk(2, -1)
+        inner = torch.split(self.activation(gate) * up, [len(part) for _, part in real])
+        downs = [linear(part, self.down[e]) for (e, _), part in zip(real, inner, strict=True)]
+        unused = sum(len(part) for e, part in spans if e < 0)
+        null = len(x) - unused - sum(map(len, downs))
+        parts = torch.cat([h.new_zeros(unused, h.shape[1]), *downs, h.new_zeros(null, h.shape[1])])
+        parts = (parts * scale).to(h.dtype)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(R * K, device=h.device))
+        places = places.view(R, K).sort(1).values
+        out = parts[places[:, 0]]
+        for k in range(1, K):
+            out = out + parts[places[:, k]]
         return out
 
 
