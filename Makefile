@@ -30,9 +30,10 @@ bench: .venv/.test
 	$(BIN)/python benchmarks/screen_redraw.py
 	$(BIN)/python benchmarks/screen_cost.py
 
-# On a machine with a CUDA device; uses the Python it finds, installs nothing.
+# On a machine with a CUDA device; uses the Python it finds, installs nothing, goes on where it was
+# cut short. STEPS="tests router" runs some of it; GPU_ARGS reaches the program (--list, --out DIR).
 gpu:
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu tests/engine/test_torch_decoder.py
+	$(PYTHON) benchmarks/cuda_run.py $(GPU_ARGS) $(STEPS)
 
 shots: .venv/.test
 	$(BIN)/python screenshots/make.py

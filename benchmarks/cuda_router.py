@@ -1,0 +1,128 @@
+"""The router alone: from logits in memory to experts, weights and everything a trace records.
+
+Each contender is captured many times over into one CUDA graph, so that no host is in the way, and
+timed on the device's clock. The torch chain and torch.compile compute ids and weights only, which
+is what a model needs; ours and `torch_ops` compute the whole `Routing`. The logits lie in the
+cache, as they do behind the gate that made them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import cuda_clock as clock
+import numpy as np
+import torch
+from cuda_shapes import begin, parser
+from torch import Tensor
+
+from moescope.kernels import agreement, route
+from moescope.kernels.policy_rows import pack_rows
+from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring, Routing
+from moescope.kernels.torch_ops import route_torch
+
+GROUPED: dict[str, Any] = {
+    "scoring_func": "sigmoid",
+    "correction_bias": "score",
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "norm_eps": 1e-20,
+    "routed_scaling_factor": 2.5,
+}
+CASES: tuple[tuple[int, int, int, dict[str, Any]], ...] = (  # T, E, K, policy
+    (1, 64, 8, {}),
+    (1, 128, 8, {"norm_topk_prob": True}),
+    (1, 256, 8, GROUPED),
+    (512, 64, 8, {}),
+    (4096, 128, 8, {"norm_topk_prob": True}),
+    (8192, 512, 10, {"norm_topk_prob": True}),
+)
+Work = Callable[[], Any]
+
+
+def main() -> None:
+    asked = parser(__doc__ or "").parse_args()
+    report, _ = begin(asked)
+    for T, E, K, policy in CASES:
+        rows = min(T, 16) if asked.tiny else T
+        spec = RouterSpec(RouterPolicy(K, **policy), RouterWiring(E)).resolved("bfloat16")
+        found = measure(rows, spec, asked.device, compiles=not asked.tiny)
+        report.put(f"{T} {E} {K}", found)
+    report.finish()
+
+
+def measure(T: int, spec: RouterSpec, device: str, *, compiles: bool) -> dict[str, Any]:
+    """Microseconds of each contender, and what becomes of them."""
+    logits, bias = inputs(T, spec, device)
+    chain = grouped_chain if spec.policy.n_group > 1 else plain_chain
+    target = torch.empty_like(logits)
+    found: dict[str, Any] = {}
+    works: dict[str, Callable[[], Work]] = {
+        "copy": lambda: lambda: target.copy_(logits),
+        "torch chain": lambda: lambda: chain(logits, bias, spec.policy),
+        "torch_ops": lambda: lambda: route_torch(logits, spec, correction_bias=bias),
+        "ours": lambda: ours(logits, bias, spec)[0],
+        "ours, 4 shadows": lambda: ours(logits, bias, spec, places=5)[0],
+    }
+    if compiles:
+        works["torch.compile"] = lambda: compiled(chain, logits, bias, spec.policy)
+    for name, made in works.items():
+        try:
+            found[name] = clock.in_graph(made(), device, calls=64 if T < 4096 else 16) * 1e6
+        except Exception as error:
+            found[f"{name}, why not"] = f"{type(error).__name__}: {error}"[:300]
+    if "ours" in found:
+        found["speedup"] = found["torch chain"] / found["ours"]
+        found["over_copy"] = found["ours"] / found["copy"]
+        found["disagreements"] = disagreements(logits, bias, spec)
+    return found
+
+
+def inputs(T: int, spec: RouterSpec, device: str) -> tuple[Tensor, Tensor | None]:
+    random = np.random.default_rng(T + spec.E)
+    logits = torch.from_numpy(random.normal(0, 2, (T, spec.E)).astype(np.float32)).to(device)
+    biased = spec.policy.correction_bias != "none"
+    bias = torch.from_numpy(random.normal(0, 0.1, spec.E).astype(np.float32)).to(device)
+    return logits, bias if biased else None
+
+
+# --- contenders -----------------------------------------------------------------------------------
+
+
+def plain_chain(logits: Tensor, bias: Tensor | None, p: RouterPolicy) -> tuple[Tensor, Tensor]:
+    """What models write: softmax, top-k, and where they renormalise, a division."""
+    scores = torch.softmax(logits, -1, dtype=torch.float32)
+    weights, ids = torch.topk(scores, p.num_experts_per_tok, dim=-1)
+    if p.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return ids, weights.to(torch.bfloat16)
+
+
+def grouped_chain(logits: Tensor, bias: Tensor | None, p: RouterPolicy) -> tuple[Tensor, Tensor]:
+    """The same with a correction bias and groups ranked by their best two."""
+    scores = logits.sigmoid()
+    biased = scores + bias
+    groups = biased.view(len(logits), p.n_group, -1).topk(2, dim=-1).values.sum(-1)
+    best = groups.topk(p.topk_group, dim=-1, sorted=False).indices
+    mask = torch.zeros_like(groups).scatter_(1, best, 1).bool()
+    admitted = mask.repeat_interleave(logits.shape[1] // p.n_group, dim=1)
+    ids = biased.masked_fill(~admitted, -torch.inf).topk(p.num_experts_per_tok, dim=-1).indices
+    weights = scores.gather(1, ids)
+    weights = weights / (weights.sum(-1, keepdim=True) + p.norm_eps) * p.routed_scaling_factor
+    return ids, weights.to(torch.bfloat16)
+
+
+def compiled(chain: Any, logits: Tensor, bias: Tensor | None, p: RouterPolicy) -> Work:
+    torch.compiler.reset()
+    fast = torch.compile(lambda x: chain(x, bias, p), dynamic=False)
+    return lambda: fast(logits)
+
+
+def ours(
+    logits: Tensor, bias: Tensor | None, spec: RouterSpec, *, places: int = 1
+) -> tuple[Work, Callable[[], Routing]]:
+    """The fused kernel, and its routing under the policy in force. `places` policies a row."""
+    raise NotImplementedError
