@@ -20,6 +20,7 @@ from moescope.kernels.spec import RouterSpec, Routing
 _SCALARS = 4  # score sum, mass, entropy, margin: `enum mk_scalar`
 _POINTER, _INT, _STRIDE = ctypes.c_void_p, ctypes.c_int, ctypes.c_ssize_t
 _ROUTE_ROWS = (
+    _INT,  # instruction set
     *(_POINTER, _STRIDE, _INT, _INT),  # logits, stride, T, E
     *(_POINTER, _INT, _POINTER, _INT),  # policies, R, row_of, P
     *(_POINTER, _STRIDE) * 3,  # bias, scale, hash ids, each with its stride
@@ -37,8 +38,10 @@ def route_native(
     token_ids: Any = None,
     hash_table: Any = None,
     keep_logits: bool = False,
+    isa: int = -1,
 ) -> Routing:
-    """See `moescope.kernels.route`. RuntimeError where the library was not built."""
+    """See `moescope.kernels.route`; `isa` as in `route_rows`. RuntimeError where the library was
+    not built."""
     check_spec(spec)
     raw = np.asarray(logits)
     if raw.ndim != 2 or raw.shape[1] != spec.E:
@@ -52,7 +55,7 @@ def route_native(
     with np.errstate(over="ignore"):
         raw = np.ascontiguousarray(raw, dtype=np.float32)
         ids, scores, weights, scalars, runner_up = route_rows(
-            raw, _packed(spec), np.zeros((T, 1), np.int32), spec.K, bias, scale, hashed
+            raw, _packed(spec), np.zeros((T, 1), np.int32), spec.K, bias, scale, hashed, isa
         )
     score_sum, mass, entropy, margin = np.ascontiguousarray(scalars[:, 0].T)
     return Routing(
@@ -76,12 +79,14 @@ def route_rows(
     correction_bias: NDArray[Any] | None = None,
     per_expert_scale: NDArray[Any] | None = None,
     hash_ids: NDArray[np.int32] | None = None,
+    isa: int = -1,
 ) -> tuple[NDArray[Any], ...]:
     """Route logits [T, E] under rows of policies [R, WIDTH]: `row_of` [T, P] says which, -1: none.
 
     Learned vectors are [1, E] or [T, E], hash ids [T, K]. Returns ids int32 and scores and weights
     float32 [T, P, K_max], score sum, mass, entropy and margin float32 [T, P, 4], and runners-up
-    int32 [T, P]. Nothing is checked but what C would read out of bounds.
+    int32 [T, P]. `isa` is -1 for the widest instruction set this machine has, else a place among
+    the `instruction_sets()`. Rows whose policy does not fit come back invalid.
     """
     T, E = logits.shape
     P = row_of.shape[1]
@@ -101,6 +106,7 @@ def route_rows(
     library = _library()
     scratch = np.empty(library.mk_route_scratch(E), np.uint8)
     library.mk_route_rows(
+        isa,
         *(logits.ctypes.data, E, T, E),
         *(policies.ctypes.data, len(policies), row_of.ctypes.data, P),
         *(part for array, stride in vectors for part in (_address(array), stride)),
@@ -108,6 +114,11 @@ def route_rows(
         *(a.ctypes.data for a in (ids, scores, weights, scalars, runner_up, scratch)),
     )
     return ids, scores, weights, scalars, runner_up
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """What the router can run on here, the narrowest first."""
+    return ("portable", "avx2", "avx512")[: _library().mk_route_isas()]
 
 
 def _vector(value: NDArray[Any] | None, dtype: Any) -> tuple[NDArray[Any] | None, int]:
@@ -140,5 +151,6 @@ def _library() -> ctypes.CDLL:
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes what the functions take and give."""
     library.mk_route_rows.argtypes, library.mk_route_rows.restype = _ROUTE_ROWS, None
+    library.mk_route_isas.argtypes, library.mk_route_isas.restype = (), _INT
     library.mk_route_scratch.argtypes, library.mk_route_scratch.restype = (_INT,), ctypes.c_size_t
     return library

@@ -9,41 +9,44 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "moescope_kernels.h"
+
 enum { MK_POLICY_WIDTH = 32, MK_EXPERTS_MAX = 4096, MK_PICKS_MAX = 64 };
 
 enum mk_column {
-    MK_NUM_EXPERTS_PER_TOK,
-    MK_LOGITS_DTYPE,
-    MK_ROUTER_LOGIT_SCALE,
-    MK_ROUTER_LOGIT_SOFTCAPPING,
-    MK_SCORING_FUNC,
-    MK_SCORE_ORDER,
-    MK_SCORE_PASSES,
-    MK_SCORE_DTYPE,
-    MK_SPARSEMIXER_THRESHOLD,
-    MK_CORRECTION_BIAS,
-    MK_CORRECTION_BIAS_DTYPE,
-    MK_BIASED_DTYPE,
-    MK_N_GROUP,
-    MK_TOPK_GROUP,
-    MK_GROUP_SCORE,
-    MK_GROUP_MASK_FILL,
-    MK_TIE_BREAK,
-    MK_WEIGHTS_FROM,
-    MK_NORM_TOPK_PROB,
-    MK_NORM_P,
-    MK_NORM_EPS,
-    MK_NORM_EPS_MODE,
-    MK_PER_EXPERT_SCALE,
-    MK_WEIGHT_SCALE,
-    MK_OUTPUT_SCALE,
-    MK_COMBINE_DTYPE,
-    MK_WEIGHTLESS_FROM,
-    MK_HASH_TABLE,
-    MK_GATE,
+    MK_COL_NUM_EXPERTS_PER_TOK,
+    MK_COL_LOGITS_DTYPE,
+    MK_COL_ROUTER_LOGIT_SCALE,
+    MK_COL_ROUTER_LOGIT_SOFTCAPPING,
+    MK_COL_SCORING_FUNC,
+    MK_COL_SCORE_ORDER,
+    MK_COL_SCORE_PASSES,
+    MK_COL_SCORE_DTYPE,
+    MK_COL_SPARSEMIXER_THRESHOLD,
+    MK_COL_CORRECTION_BIAS,
+    MK_COL_CORRECTION_BIAS_DTYPE,
+    MK_COL_BIASED_DTYPE,
+    MK_COL_N_GROUP,
+    MK_COL_TOPK_GROUP,
+    MK_COL_GROUP_SCORE,
+    MK_COL_GROUP_MASK_FILL,
+    MK_COL_TIE_BREAK,
+    MK_COL_WEIGHTS_FROM,
+    MK_COL_NORM_TOPK_PROB,
+    MK_COL_NORM_P,
+    MK_COL_NORM_EPS,
+    MK_COL_NORM_EPS_MODE,
+    MK_COL_PER_EXPERT_SCALE,
+    MK_COL_WEIGHT_SCALE,
+    MK_COL_OUTPUT_SCALE,
+    MK_COL_COMBINE_DTYPE,
+    MK_COL_WEIGHTLESS_FROM,
+    MK_COL_HASH_TABLE,
+    MK_COL_GATE,
+    MK_COLS,
 };
 
-enum mk_dtype { MK_DTYPE_FLOAT32, MK_DTYPE_BFLOAT16, MK_DTYPE_FLOAT16 };
+/* Dtypes are those of moescope_kernels.h. */
 enum mk_scoring_func {
     MK_SCORING_FUNC_SOFTMAX,
     MK_SCORING_FUNC_SIGMOID,
@@ -68,31 +71,36 @@ enum mk_weights_from {
 enum mk_norm_eps_mode { MK_NORM_EPS_MODE_ADD, MK_NORM_EPS_MODE_CLAMP, MK_NORM_EPS_MODE_UNIFORM };
 
 /* Where the four sums of a row stand. */
-enum mk_scalar { MK_SCORE_SUM, MK_MASS, MK_ENTROPY, MK_MARGIN, MK_SCALARS };
+enum mk_scalar { MK_SCALAR_SCORE_SUM, MK_SCALAR_MASS, MK_SCALAR_ENTROPY, MK_SCALAR_MARGIN, MK_SCALARS };
 
 /* Bytes of scratch that one thread needs for rows of E logits. */
-size_t mk_route_scratch(int E);
+MK_EXPORT size_t mk_route_scratch(int E);
 
 /* Route one row. Places from the policy's K on hold id -1, score 0 and weight 0. An invalid row
    (see reference.py; also a policy that does not fit E or K_max, an input that it needs and that is
    NULL, a hash id out of range) holds ids -1, weights 0, and NaN elsewhere. */
-void mk_route(const float *logits,           /* [E] */
-              int E, const double *policy,   /* [MK_POLICY_WIDTH] */
-              const float *bias,             /* [E] or NULL */
-              const float *per_expert_scale, /* [E] or NULL */
-              const int32_t *hash_ids,       /* [K] or NULL */
-              int K_max, int32_t *expert_ids, float *scores, float *weights, /* [K_max] */
-              float *scalars,                                                /* [MK_SCALARS] */
-              int32_t *runner_up, void *scratch);
+MK_EXPORT void mk_route(const float *logits,           /* [E] */
+                        int E, const double *policy,   /* [MK_POLICY_WIDTH] */
+                        const float *bias,             /* [E] or NULL */
+                        const float *per_expert_scale, /* [E] or NULL */
+                        const int32_t *hash_ids,       /* [K] or NULL */
+                        int K_max, int32_t *expert_ids, float *scores, float *weights, /* [K_max] */
+                        float *scalars,                                           /* [MK_SCALARS] */
+                        int32_t *runner_up, void *scratch);
+
+/* How many instruction sets of portable, AVX2 and AVX-512, in this order, this machine has. */
+MK_EXPORT int mk_route_isas(void);
 
 /* Route T rows, each under P of the policies `policies` [R, MK_POLICY_WIDTH]: `row_of` [T, P] says
    which; -1: none, whose place holds ids -1 and zeros. Strides are in elements from one row of T to
-   the next (0: one vector for all); outputs are [T, P, ...] without gaps. */
-void mk_route_rows(const float *logits, ptrdiff_t logits_stride, int T, int E,
-                   const double *policies, int R, const int32_t *row_of, int P, const float *bias,
-                   ptrdiff_t bias_stride, const float *per_expert_scale, ptrdiff_t scale_stride,
-                   const int32_t *hash_ids, ptrdiff_t hash_stride, int K_max, int32_t *expert_ids,
-                   float *scores, float *weights, float *scalars, int32_t *runner_up,
-                   void *scratch);
+   the next (0: one vector for all); outputs are [T, P, ...] without gaps. `isa` -1 is the widest
+   instruction set there is, which `mk_route` takes; tests ask for each. */
+MK_EXPORT void mk_route_rows(int isa, const float *logits, ptrdiff_t logits_stride, int T, int E,
+                             const double *policies, int R, const int32_t *row_of, int P,
+                             const float *bias, ptrdiff_t bias_stride,
+                             const float *per_expert_scale, ptrdiff_t scale_stride,
+                             const int32_t *hash_ids, ptrdiff_t hash_stride, int K_max,
+                             int32_t *expert_ids, float *scores, float *weights, float *scalars,
+                             int32_t *runner_up, void *scratch);
 
 #endif
