@@ -1,0 +1,146 @@
+"""A child that runs moescope: its public engine, recording to a real file, and the bare loop."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import child
+import numpy as np
+from shapes import distinct_experts
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from moescope.engine.lane import policies_of
+from moescope.engine.load import load_model
+from moescope.engine.protocol import Generate, LoadRequest, Sampling
+from moescope.engine.recording import open_writer, trace_meta
+from moescope.engine.session import Session
+from moescope.trace.frames import Frame
+
+CONTEXT = 1024
+Figures = dict[str, Any]
+
+
+class Engine:
+    """One loaded model; every request is a session of its own."""
+
+    def load(self, folder: str, threads: int) -> Figures:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.folder = tempfile.TemporaryDirectory(prefix="moescope-bench-")
+        began = time.perf_counter()
+        self.request = LoadRequest(folder, device="cpu", dtype="bfloat16", max_context=CONTEXT)
+        self.model = load_model(self.request)
+        seconds = time.perf_counter() - began
+        kernels = dict(self.model.interpreter.kernels)
+        return {"seconds": seconds, "kernels": kernels, "threads": torch.get_num_threads()}
+
+    def decode(
+        self,
+        prompt: list[int],
+        tokens: int,
+        record: str = "weights",  # or off
+        variants: tuple[str, ...] = ("trained",),
+        shadows: tuple[str, ...] = (),
+        same_tokens: bool = False,
+    ) -> Figures:
+        """A headless run. `first` ends when the first token is drawn, a step when its frames are
+        built, handed to the recorder, and the next tokens are drawn."""
+        self._set_shadows(shadows)
+        path = Path(self.folder.name) / "run.moetrace"
+        writer = None if record == "off" else self._writer(path, record)
+        try:
+            session = Session(
+                self.model,
+                None,
+                writer,
+                record="ids" if record == "off" else record,  # type: ignore[arg-type]
+                max_context=CONTEXT,
+                variants=tuple(variants),
+                same_tokens=same_tokens,
+            )
+            request = Generate(prompt_ids=tuple(prompt), sampling=Sampling(max_new_tokens=tokens))
+            first, steps, frames = _timed(session, request)
+            began = time.perf_counter()
+            session.close()
+            closing = time.perf_counter() - began
+            size = path.stat().st_size if writer is not None else 0
+        finally:
+            if writer is not None:
+                writer.close()
+            path.unlink(missing_ok=True)
+            self._set_shadows(())
+        ids = [[frame.expert_ids.tolist() for frame in step] for step in frames]
+        return {
+            "first": first,
+            "steps": steps[:-1],  # the last token is fed to be recorded; peers stop before it
+            "ids": session.lanes[0].new_ids,
+            "distinct": [distinct_experts(step) for step in ids[:-1]],
+            "closing": closing,
+            "trace_bytes": size,
+            "kernels": dict(self.model.interpreter.kernels),
+        }
+
+    def bare(self, prompt: list[int], tokens: int) -> Figures:
+        """The interpreter and argmax, nothing recorded and nothing told."""
+        interpreter = self._emptied()
+
+        def run(ids: list[int]) -> int:
+            output = interpreter.run((0,), np.array([ids], np.int64), record="ids")
+            return int(output.logits[0, -1].argmax())
+
+        return child.greedy(run, lambda token: run([token]), prompt, tokens)
+
+    def logits(self, prompt: list[int]) -> Figures:
+        """Of the token after the prompt."""
+        output = self._emptied().run((0,), np.array([prompt], np.int64), record="ids")
+        return {"logits": child.packed(output.logits[0, -1])}
+
+    def _emptied(self) -> Any:
+        interpreter = self.model.interpreter
+        interpreter.open(1, CONTEXT)
+        interpreter.truncate(0, 0)
+        interpreter.set_policies(0, policies_of("trained", interpreter.routers, interpreter.dtype))
+        return interpreter
+
+    def _set_shadows(self, shadows: tuple[str, ...]) -> None:
+        interpreter = self.model.interpreter
+        if not shadows and not hasattr(interpreter, "set_shadows"):
+            return
+        routers, dtype = interpreter.routers, interpreter.dtype
+        interpreter.set_shadows([policies_of(shadow, routers, dtype) for shadow in shadows])
+
+    def _writer(self, path: Path, record: str) -> Any:
+        request = LoadRequest(self.request.model, trace_path=str(path), force=True)
+        meta = trace_meta(self.model, record=record)  # type: ignore[arg-type]
+        return open_writer(request, meta, private=False)
+
+
+def _timed(session: Session, request: Generate) -> tuple[float, list[float], list[list[Frame]]]:
+    """Seconds to the first token, of every step after it, and the frames of those steps."""
+    began = time.perf_counter()
+    session.start(request)
+    while session.prefilling:
+        session.step()
+    now = time.perf_counter()
+    first, steps, frames = now - began, [], []
+    while session.running:
+        frames.append(session.step())
+        then, now = now, time.perf_counter()
+        steps.append(now - then)
+    return first, steps, frames
+
+
+def main() -> None:
+    engine = Engine()
+    names = ("load", "decode", "bare", "logits")
+    child.serve({name: getattr(engine, name) for name in names})
+
+
+if __name__ == "__main__":
+    main()
