@@ -60,14 +60,15 @@ class Lanes:
         decoder = self.decoder
         if max(map(decoder.length, self.lanes)) + 2 >= decoder.shared.capacity:
             self.refill()
-        draws = [
-            Draw(self.sampling, at, uniform(self.sampling.seed, at))
-            for at in (decoder.length(lane) + 1 for lane in self.lanes)
-        ]
+        draws = [self.draw(decoder.length(lane) + 1) for lane in self.lanes]
         out = decoder.run(self.lanes, self.next, record=self.record, draws=draws)
         drawn = out.drawn if out.drawn is not None else out.logits[:, -1].argmax(-1)
         self.next = np.asarray(drawn, np.int64).reshape(-1, 1)
         return out
+
+    def draw(self, position: int) -> Draw:
+        random = uniform(self.sampling.seed, position) if self.sampling.temperature > 0 else 0.0
+        return Draw(self.sampling, position, random)
 
     def go(self, tokens: int) -> None:
         for _ in range(tokens):

@@ -6,7 +6,7 @@ used for rates.
 
 from __future__ import annotations
 
-import statistics
+import ctypes
 from typing import Any
 
 import torch
@@ -62,7 +62,17 @@ def _is_kernel(event: Any) -> bool:
     return "CUDA" in str(getattr(event, "device_type", "CUDA"))
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": middle, "quarter": low, "three_quarters": high}
+def graph_nodes(step: Any, *, logits: bool) -> int:
+    """Nodes of the graph of one greedy lane, with or without the routers' logits in its record.
+    What it launches must have run before; nothing runs here."""
+    from moescope.engine.graph_step import Kind
+
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.inference_mode(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step._forward(Kind(1, 0, logits, "greedy"), 0)
+    count = ctypes.c_size_t()
+    handle = ctypes.c_void_p(graph.raw_cuda_graph())
+    code = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(handle, None, ctypes.byref(count))
+    if code != 0:
+        raise RuntimeError(f"cuGraphGetNodes: error {code}")
+    return count.value

@@ -8,7 +8,6 @@ cache, as they do behind the gate that made them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,6 @@ import torch
 from cuda_shapes import begin, parser
 from torch import Tensor
 
-from moescope.kernels import agreement, route
-from moescope.kernels.policy_rows import pack_rows
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring, Routing
 from moescope.kernels.torch_ops import route_torch
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import cuda_clock as clock
 from cuda_loops import DRAWN, Lanes, Traced
+from cuda_profile import graph_nodes
 from cuda_shapes import Model, begin, make, parser, prompt
 
 from moescope.engine.torch_decoder import TorchDecoder
@@ -42,7 +43,9 @@ def main() -> None:
     costs = {name: cost(found, seconds["bare"]) for name, found in seconds.items()}
     report.put("cost", {level: costs[f"session {level}"] for level in LEVELS})
     report.put("cost_of_the_record", {level: costs[f"run {level}"] for level in LEVELS})
-    report.put("further_nodes", further_nodes(decoder))
+    report.put("nodes", counted := nodes(loops["bare"]))
+    if "ids" in counted:
+        report.put("further_nodes", counted["weights"] - counted["ids"])
     loops["session weights"].refill()
     report.put("host", host_time(loops["session weights"], 4 if asked.tiny else 100))
     for loop in loops.values():
@@ -67,12 +70,20 @@ def cost(seconds: list[float], bare: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds[1:], bare[1:], strict=True)) - 1
 
 
-def further_nodes(decoder: TorchDecoder) -> int | None:
-    """Nodes that recording adds to the step's graph; None where there is no graph to count."""
-    count = getattr(decoder.step, "nodes", None)
-    if count is None:
-        return None
-    return int(count(record="logits") - count(record="ids"))
+def nodes(lanes: Lanes) -> dict[str, Any]:
+    """Nodes of the step's graph by what it records; `says` why there are none to count."""
+    if not isinstance(getattr(lanes.decoder.step, "captures", None), int):
+        return {"says": "no graph here"}
+    try:
+        lanes.refill()
+        found = {}
+        for level in LEVELS:
+            lanes.record = level
+            lanes.go(2)
+            found[level] = graph_nodes(lanes.decoder.step, logits=level == "logits")
+        return found
+    except Exception as error:
+        return {"says": f"{type(error).__name__}: {error}"[:300]}
 
 
 def host_time(loop: Traced, tokens: int) -> dict[str, Any]:
