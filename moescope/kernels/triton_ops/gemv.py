@@ -129,7 +129,7 @@ def linear_kernel(
         gdc_wait()
         gdc_launch_dependents()
     rows = first + tl.arange(0, ROWS)
-    for n in tl.static_range(N):
+    for n in range(N):
         y = products(tile, input_row(x, n, norm, EPS, APPLIES, H, BLOCK))
         if bias is not None:
             y += tl.load(bias + rows, mask=rows < OUT, other=0.0).to(tl.float32)
