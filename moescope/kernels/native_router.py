@@ -138,16 +138,16 @@ def _packed(spec: RouterSpec) -> NDArray[np.float64]:
     return pack(spec)[None]
 
 
-@lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
     from moescope.kernels.native_ops import library
 
     found = library()
     if found is None:
-        raise RuntimeError("the native kernels are not built: no C compiler at installation")
+        raise RuntimeError("backend native: its library was not built, or is switched off")
     return declare(found)
 
 
+@lru_cache(maxsize=8)
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes what the functions take and give."""
     library.mk_route_rows.argtypes, library.mk_route_rows.restype = _ROUTE_ROWS, None

@@ -76,16 +76,14 @@ enum mk_scalar { MK_SCALAR_SCORE_SUM, MK_SCALAR_MASS, MK_SCALAR_ENTROPY, MK_SCAL
 /* Bytes of scratch that one thread needs for rows of E logits. */
 MK_EXPORT size_t mk_route_scratch(int E);
 
-/* Route one row. Places from the policy's K on hold id -1, score 0 and weight 0. An invalid row
-   (see reference.py; also a policy that does not fit E or K_max, an input that it needs and that is
-   NULL, a hash id out of range) holds ids -1, weights 0, and NaN elsewhere. */
-MK_EXPORT void mk_route(const float *logits,           /* [E] */
-                        int E, const double *policy,   /* [MK_POLICY_WIDTH] */
-                        const float *bias,             /* [E] or NULL */
-                        const float *per_expert_scale, /* [E] or NULL */
-                        const int32_t *hash_ids,       /* [K] or NULL */
-                        int K_max, int32_t *expert_ids, float *scores, float *weights, /* [K_max] */
-                        float *scalars,                                           /* [MK_SCALARS] */
+/* Route one row: logits, bias, scale [E]; policy [MK_POLICY_WIDTH]; hash ids [K]; results [K_max]
+   and scalars [MK_SCALARS]. Bias, scale and hash ids may be NULL where the policy has none. Places
+   from the policy's K on hold id -1, score 0 and weight 0. An invalid row (see reference.py; also a
+   policy that does not fit E or K_max, an input that it needs and that is NULL, a hash id out of
+   range) holds ids -1, weights 0, and NaN elsewhere. */
+MK_EXPORT void mk_route(const float *logits, int E, const double *policy, const float *bias,
+                        const float *per_expert_scale, const int32_t *hash_ids, int K_max,
+                        int32_t *expert_ids, float *scores, float *weights, float *scalars,
                         int32_t *runner_up, void *scratch);
 
 /* How many instruction sets of portable, AVX2 and AVX-512, in this order, this machine has. */
