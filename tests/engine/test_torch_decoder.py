@@ -285,7 +285,6 @@ def test_experts_are_the_plain_sum(folder: Path, on_input: bool, rows: int) -> N
 def test_invalid_router_is_named(folder: Path, position: int) -> None:
     model = fresh(folder)
     broken = model._stages[2].branches[1][1]
-    broken.gate = broken.gate.clone()
     broken.gate[3, 7] = float("nan")
     if position:
         model.run([0], IDS[:1, :position], record="ids")

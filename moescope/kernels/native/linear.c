@@ -1,0 +1,85 @@
+/* Phases made of matrix-vector products: segments, each cut into chunks of rows. */
+#include "step.h"
+
+enum { CHUNK_BYTES = 128 << 10, LEAST_BYTES = 16 << 10 };
+
+/* Chunks large enough to read memory in long runs, and small enough that threads end together. */
+int mk_rows_per_chunk(const mk_step *s, int rows, size_t row_bytes) {
+    size_t share = row_bytes * (size_t)rows / (size_t)(4 * s->threads);
+    size_t bytes = share < CHUNK_BYTES ? share : CHUNK_BYTES;
+    if (bytes < LEAST_BYTES) bytes = LEAST_BYTES;
+    size_t per = bytes / row_bytes;
+    if (per < 1) per = 1;
+    if (per > MK_MOST_ROWS) per = MK_MOST_ROWS;
+    while (((size_t)rows + per - 1) / per > MK_MOST_CHUNKS / 2) per++;
+    return (int)per;
+}
+
+void mk_add_segment(mk_step *s, mk_segment segment) {
+    size_t row_bytes = (size_t)segment.cols * s->item * (segment.glu ? 2 : 1);
+    segment.per = mk_rows_per_chunk(s, segment.rows, row_bytes);
+    segment.chunks = (segment.rows + segment.per - 1) / segment.per;
+    s->segments[s->segment_count++] = segment;
+}
+
+int mk_segments(mk_step *s) {
+    int chunks = 0;
+    for (int i = 0; i < s->segment_count; i++) chunks += s->segments[i].chunks;
+    return chunks;
+}
+
+static mk_segment whole(mk_step *s, const mk_op *op, float *y, size_t stride) {
+    return (mk_segment){
+        .weight = op->weight,
+        .bias = op->bias,
+        .rows = op->rows,
+        .cols = op->cols,
+        .x = mk_pack(s, 0, s->buffers[op->x], s->strides[op->x], op->cols),
+        .y = y,
+        .stride = stride,
+        .glu = (op->flags & MK_GLU) != 0,
+        .round = s->dtype,
+    };
+}
+
+int mk_linear_phase(mk_step *s, const mk_op *op) {
+    s->segment_count = 0;
+    mk_add_segment(s, whole(s, op, s->buffers[op->y], s->strides[op->y]));
+    return mk_segments(s);
+}
+
+int mk_head_phase(mk_step *s, const mk_op *op) {
+    s->segment_count = 0;
+    mk_add_segment(s, whole(s, op, s->logits, (size_t)op->rows));
+    return mk_segments(s);
+}
+
+static const char *row_of(const mk_step *s, const mk_segment *g, int row) {
+    return (const char *)g->weight + (size_t)row * (size_t)g->cols * s->item;
+}
+
+void mk_segment_chunk(void *step, int index, int thread) {
+    mk_step *s = step;
+    const mk_scratch *scratch = &s->scratch[thread];
+    const mk_segment *g = s->segments;
+    for (; index >= g->chunks; g++) index -= g->chunks;
+    int from = index * g->per, rows = g->rows - from < g->per ? g->rows - from : g->per;
+    mk_rows product = s->isa->rows[s->dtype];
+    for (int n = 0; n < s->N; n++) {
+        scratch->y[n] = g->y + (size_t)n * g->stride + from;
+        scratch->other[n] = scratch->second + (size_t)n * MK_MOST_ROWS;
+    }
+    product(row_of(s, g, from), (size_t)g->cols, rows, g->cols, g->x, s->N, scratch->y);
+    if (g->glu)
+        product(row_of(s, g, g->rows + from), (size_t)g->cols, rows, g->cols, g->x, s->N,
+                scratch->other);
+    for (int n = 0; n < s->N; n++) {
+        float *y = scratch->y[n];
+        if (g->bias != NULL)
+            for (int r = 0; r < rows; r++) y[r] += g->bias[from + r];
+        if (g->glu)
+            s->isa->silu_times(y, scratch->other[n], rows, g->round);
+        else
+            mk_round_row(y, rows, g->round);
+    }
+}

@@ -1,0 +1,251 @@
+/* The router and its experts: logits, routing, hidden rows, and the weighted sum.
+ *
+ * Each distinct expert's weights are read once for all lanes that chose it. A chunk of the last
+ * phase holds some rows of every chosen expert, so that a lane's sum is made in one place, in
+ * ascending order of expert ids.
+ */
+#include "router.h"
+#include "step.h"
+
+static const double *policy_of(const mk_step *s, const mk_op *op, int n, int place) {
+    const mk_record *r = s->record;
+    size_t row = ((size_t)s->at[n] * (size_t)r->places + (size_t)place) * (size_t)r->routers;
+    return r->policies + (row + (size_t)op->router) * MK_POLICY_WIDTH;
+}
+
+static size_t record_of(const mk_step *s, const mk_op *op, int n, int place) {
+    const mk_record *r = s->record;
+    size_t row = ((size_t)n * (size_t)r->places + (size_t)place) * (size_t)r->routers;
+    return row + (size_t)op->router;
+}
+
+static float *logits_of(const mk_step *s, int gate, int n) {
+    return s->gate_logits + ((size_t)gate * (size_t)s->lanes + (size_t)n) * s->classes_stride;
+}
+
+int mk_gate_phase(mk_step *s, const mk_op *op) {
+    bool wanted[MK_GATES] = {false};
+    for (int n = 0; n < s->N; n++)
+        for (int place = 0; place < s->record->places; place++)
+            wanted[(int)policy_of(s, op, n, place)[MK_COL_GATE]] = true;
+    mk_segment segment = {
+        .rows = op->classes,
+        .cols = op->cols,
+        .x = mk_pack(s, 0, s->buffers[op->x], s->strides[op->x], op->cols),
+        .stride = s->classes_stride,
+        .round = op->logits_dtype,
+    };
+    s->segment_count = 0;
+    for (int gate = 0; gate < MK_GATES; gate++) {
+        if (!wanted[gate]) continue;
+        segment.weight = op->gates[gate];
+        segment.y = logits_of(s, gate, 0);
+        mk_add_segment(s, segment);
+    }
+    if (op->shared_width > 0) {
+        segment.x = mk_pack(s, 1, s->buffers[op->z], s->strides[op->z], op->cols);
+        segment.round = s->dtype;
+        segment.rows = op->shared_width;
+        segment.weight = op->shared_up;
+        segment.y = s->shared;
+        segment.stride = s->shared_stride;
+        segment.glu = true;
+        mk_add_segment(s, segment);
+        if (op->shared_gate != NULL) {
+            segment.rows = 1;
+            segment.weight = op->shared_gate;
+            segment.y = s->shared_gate;
+            segment.stride = MK_PAD;
+            segment.glu = false;
+            mk_add_segment(s, segment);
+        }
+    }
+    return mk_segments(s);
+}
+
+/* One chunk for each lane and place: shadow variants cost their lane no time of its own. */
+int mk_route_phase(mk_step *s, const mk_op *op) {
+    (void)op;
+    return s->N * s->record->places;
+}
+
+void mk_route_chunk(void *step, int index, int thread) {
+    mk_step *s = step;
+    const mk_op *op = s->op;
+    const mk_record *r = s->record;
+    int n = index / r->places, place = index % r->places;
+    const double *policy = policy_of(s, op, n, place);
+    const float *logits = logits_of(s, (int)policy[MK_COL_GATE], n);
+    size_t row = record_of(s, op, n, place), picks = row * (size_t)r->width;
+    mk_route(logits, op->classes, policy, NULL, NULL, NULL, r->width, r->expert_ids + picks,
+             r->scores + picks, r->weights + picks, r->scalars + row * MK_SCALARS,
+             r->runner_up + row, s->scratch[thread].route);
+    if (place == 0 && r->logits != NULL) {
+        size_t to = ((size_t)n * (size_t)r->routers + (size_t)op->router) * (size_t)r->logits_width;
+        memcpy(r->logits + to, logits, (size_t)op->classes * sizeof(float));
+    }
+}
+
+/* Sorts the picks in force by expert, then lane; null experts and unused places are left out. */
+static void make_plan(mk_step *s, const mk_op *op) {
+    mk_plan *plan = &s->plan;
+    const mk_record *r = s->record;
+    int *place = plan->place;
+    memset(place, 0, (size_t)op->experts * sizeof *place);
+    for (int n = 0; n < s->N; n++) {
+        const int32_t *ids = r->expert_ids + record_of(s, op, n, 0) * (size_t)r->width;
+        for (int k = 0; k < r->width; k++)
+            if (ids[k] >= 0 && ids[k] < op->experts) place[ids[k]]++;
+    }
+    plan->experts = plan->entries = 0;
+    for (int e = 0; e < op->experts; e++) {
+        if (place[e] == 0) continue;
+        plan->expert[plan->experts] = e;
+        plan->first[plan->experts++] = plan->entries;
+        int entries = place[e];
+        place[e] = plan->entries;
+        plan->entries += entries;
+    }
+    plan->first[plan->experts] = plan->entries;
+    for (int n = 0; n < s->N; n++) {
+        size_t picks = record_of(s, op, n, 0) * (size_t)r->width;
+        for (int k = 0; k < r->width; k++) {
+            int e = r->expert_ids[picks + k];
+            if (e < 0 || e >= op->experts) continue;
+            int entry = place[e]++;
+            plan->lane[entry] = n;
+            plan->weight[entry] = r->weights[picks + k];
+            plan->inner[entry] = s->inner + (size_t)entry * s->inner_stride;
+        }
+    }
+}
+
+int mk_experts_phase(mk_step *s, const mk_op *op) {
+    make_plan(s, op);
+    mk_plan *plan = &s->plan;
+    const void *const *x = mk_pack(s, 0, s->buffers[op->x], s->strides[op->x], op->cols);
+    for (int i = 0; i < plan->entries; i++) {
+        plan->x[i] = x[plan->lane[i]];
+        if (!(op->flags & MK_WEIGHT_FIRST)) continue;
+        const float *row = mk_row(s, op->x, plan->lane[i]);
+        float *scaled = s->scratch[0].scaled;
+        for (int c = 0; c < op->cols; c++) scaled[c] = row[c] * plan->weight[i];
+        mk_round_row(scaled, op->cols, s->dtype);
+        char *to = s->entry_x + (size_t)i * s->packed_stride;
+        mk_pack_row(s, scaled, to, op->cols);
+        plan->x[i] = to;
+        plan->weight[i] = 1.0f;
+    }
+    s->per = mk_rows_per_chunk(s, op->rows, 2 * (size_t)op->cols * s->item);
+    s->blocks_each = (op->rows + s->per - 1) / s->per;
+    return plan->experts * s->blocks_each;
+}
+
+void mk_experts_chunk(void *step, int index, int thread) {
+    mk_step *s = step;
+    const mk_op *op = s->op;
+    const mk_scratch *scratch = &s->scratch[thread];
+    const mk_plan *plan = &s->plan;
+    int which = index / s->blocks_each, from = index % s->blocks_each * s->per;
+    int rows = op->rows - from < s->per ? op->rows - from : s->per;
+    int first = plan->first[which], entries = plan->first[which + 1] - first;
+    size_t row_bytes = (size_t)op->cols * s->item;
+    const char *gate = (const char *)op->weight +
+                       ((size_t)plan->expert[which] * 2 * (size_t)op->rows + from) * row_bytes;
+    const char *up = gate + (size_t)op->rows * row_bytes;
+    for (int i = 0; i < entries; i++) {
+        scratch->y[i] = plan->inner[first + i] + from;
+        scratch->other[i] = scratch->second + (size_t)i * MK_MOST_ROWS;
+    }
+    mk_rows product = s->isa->rows[s->dtype];
+    const void *const *x = plan->x + first;
+    product(gate, (size_t)op->cols, rows, op->cols, x, entries, scratch->y);
+    product(up, (size_t)op->cols, rows, op->cols, x, entries, scratch->other);
+    for (int i = 0; i < entries; i++)
+        s->isa->silu_times(scratch->y[i], scratch->other[i], rows, s->dtype);
+}
+
+int mk_combine_phase(mk_step *s, const mk_op *op) {
+    mk_plan *plan = &s->plan;
+    for (int i = 0; i < plan->entries; i++) {
+        char *to = s->entry_packed + (size_t)i * s->packed_stride;
+        mk_pack_row(s, plan->inner[i], to, op->cols);
+        plan->packed[i] = to;
+    }
+    size_t bytes = (size_t)plan->experts * (size_t)op->cols * s->item;
+    if (op->shared_width > 0) {
+        mk_pack(s, 1, s->shared, s->shared_stride, op->shared_width);
+        bytes += (size_t)op->shared_width * s->item;
+        for (int n = 0; n < s->N && op->shared_gate != NULL; n++) {
+            float *gate = s->shared_gate + (size_t)n * MK_PAD;
+            *gate = mk_round(1.0f / (1.0f + mk_exp(-*gate)), s->dtype);
+        }
+    }
+    int per = mk_rows_per_chunk(s, op->rows, bytes > 0 ? bytes : 1);
+    int least = op->rows / (4 * s->threads) < 8 ? op->rows / (4 * s->threads) : 8;
+    s->per = per > least ? per : least > 0 ? least : 1; /* long enough runs of each expert */
+    return (op->rows + s->per - 1) / s->per;
+}
+
+static void add_expert(mk_step *s, const mk_op *op, const mk_scratch *scratch, int which, int from,
+                       int rows) {
+    const mk_plan *plan = &s->plan;
+    int first = plan->first[which], entries = plan->first[which + 1] - first;
+    size_t row = (size_t)plan->expert[which] * (size_t)op->rows + (size_t)from;
+    for (int i = 0; i < entries; i++)
+        scratch->other[i] = scratch->second + (size_t)i * MK_MOST_ROWS;
+    s->isa->rows[s->dtype]((const char *)op->down + row * (size_t)op->cols * s->item,
+                           (size_t)op->cols, rows, op->cols, plan->packed + first, entries,
+                           scratch->other);
+    for (int i = 0; i < entries; i++) {
+        float *part = scratch->other[i], weight = plan->weight[first + i];
+        float *sum = scratch->first + (size_t)plan->lane[first + i] * MK_MOST_ROWS;
+        mk_round_row(part, rows, s->dtype);
+        for (int r = 0; r < rows; r++) part[r] *= weight;
+        mk_round_row(part, rows, s->dtype);
+        for (int r = 0; r < rows; r++) sum[r] += part[r];
+        mk_round_row(sum, rows, s->dtype);
+    }
+}
+
+static void add_shared(mk_step *s, const mk_op *op, const mk_scratch *scratch, int from, int rows) {
+    for (int n = 0; n < s->N; n++)
+        scratch->other[n] = scratch->second + (size_t)n * MK_MOST_ROWS;
+    size_t row_bytes = (size_t)op->shared_width * s->item;
+    s->isa->rows[s->dtype]((const char *)op->shared_down + (size_t)from * row_bytes,
+                           (size_t)op->shared_width, rows, op->shared_width, s->vectors[1], s->N,
+                           scratch->other);
+    for (int n = 0; n < s->N; n++) {
+        float *part = scratch->other[n], *sum = scratch->first + (size_t)n * MK_MOST_ROWS;
+        mk_round_row(part, rows, s->dtype);
+        if (op->shared_gate != NULL) {
+            float gate = s->shared_gate[(size_t)n * MK_PAD];
+            for (int r = 0; r < rows; r++) part[r] *= gate;
+            mk_round_row(part, rows, s->dtype);
+        }
+        for (int r = 0; r < rows; r++) sum[r] += part[r];
+        mk_round_row(sum, rows, s->dtype);
+    }
+}
+
+void mk_combine_chunk(void *step, int index, int thread) {
+    mk_step *s = step;
+    const mk_op *op = s->op;
+    const mk_scratch *scratch = &s->scratch[thread];
+    int from = index * s->per, rows = op->rows - from < s->per ? op->rows - from : s->per;
+    for (int n = 0; n < s->N; n++)
+        memset(scratch->first + (size_t)n * MK_MOST_ROWS, 0, (size_t)rows * sizeof(float));
+    for (int which = 0; which < s->plan.experts; which++)
+        add_expert(s, op, scratch, which, from, rows);
+    for (int n = 0; n < s->N; n++) {
+        float scale = (float)policy_of(s, op, n, 0)[MK_COL_OUTPUT_SCALE];
+        float *sum = scratch->first + (size_t)n * MK_MOST_ROWS;
+        if (scale == 1.0f) continue;
+        for (int r = 0; r < rows; r++) sum[r] *= scale;
+        mk_round_row(sum, rows, s->dtype);
+    }
+    if (op->shared_width > 0) add_shared(s, op, scratch, from, rows);
+    for (int n = 0; n < s->N; n++)
+        memcpy(mk_row(s, op->y, n) + from, scratch->first + (size_t)n * MK_MOST_ROWS,
+               (size_t)rows * sizeof(float));
+}

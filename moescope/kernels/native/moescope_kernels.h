@@ -1,0 +1,113 @@
+/* What the library exports, and the structs that cross its border. `native_ops.py` has the same
+ * structs, checks MK_ABI, and raises it here and there when one of them changes.
+ *
+ * A decode step is a program: an array of operators that work on buffers of float32 rows, one row a
+ * lane, whose values are rounded to the model's dtype. One call runs it for one token of N lanes.
+ */
+#ifndef MOESCOPE_KERNELS_H
+#define MOESCOPE_KERNELS_H
+
+#include <stdint.h>
+
+#define MK_ABI 1
+#if defined(_WIN32)
+#define MK_EXPORT __declspec(dllexport)
+#else
+#define MK_EXPORT __attribute__((visibility("default")))
+#endif
+
+/* Places in `spec.MODEL_DTYPES`. */
+enum { MK_FLOAT32, MK_BFLOAT16, MK_FLOAT16, MK_DTYPES };
+
+enum { MK_GATES = 17 }; /* a gate as stored (0), and rounded to 2 .. 16 bits */
+
+typedef enum {
+    MK_OP_EMBED,   /* y = the rows of `weight` that the tokens name */
+    MK_OP_NORM,    /* y = RMS norm of x, in `groups` groups of `cols` columns from `at` on */
+    MK_OP_LINEAR,  /* y = weight x + bias; GLU: silu of the first half times the second */
+    MK_OP_CLIP,    /* x clamped to +-`number`, `cols` columns from `at` on, in place */
+    MK_OP_PLACE,   /* rope on queries and keys in x, in place; keys and values into the cache */
+    MK_OP_ATTEND,  /* the queries in x look at the cache, in blocks of keys */
+    MK_OP_MERGE,   /* y = what ATTEND found in its blocks of keys, put together */
+    MK_OP_ADD,     /* y += number * x; FIRST: y = number * x */
+    MK_OP_GATE,    /* router logits of x; with a shared expert, also its hidden row and its gate, of z */
+    MK_OP_ROUTE,   /* logits to experts, for every lane and policy place */
+    MK_OP_EXPERTS, /* hidden rows of the chosen experts, of x */
+    MK_OP_COMBINE, /* y = weighted sum of the experts' outputs, and the shared expert's */
+    MK_OP_HEAD,    /* logits of x, into the caller's array */
+} mk_kind;
+
+enum {
+    MK_FIRST = 1,         /* ADD: nothing has been added yet */
+    MK_WIDE_NORM = 2,     /* NORM: the weight is multiplied in float32; else after rounding */
+    MK_WIDE_ROPE = 2,     /* PLACE: cos and sin are float32, and one rounding at the end */
+    MK_GLU = 4,           /* LINEAR */
+    MK_WEIGHT_FIRST = 8,  /* EXPERTS: the combine weight is multiplied into x */
+};
+
+/* Names as in `DecoderSpec`; what a kind does not use is 0. Weights are contiguous rows. */
+typedef struct {
+    int32_t kind, flags;
+    int32_t x, y, z;         /* buffers, by number */
+    int32_t rows, cols;      /* of `weight`; the expert width and the hidden width of a MoE */
+    int32_t at, groups;
+    int32_t heads, kv_heads, head_dim, window;
+    int32_t router;          /* which of the L */
+    int32_t classes;         /* E: routed and null experts */
+    int32_t experts;         /* routed experts */
+    int32_t logits_dtype;    /* what a gate's output is rounded to */
+    int32_t shared_width;    /* 0: no shared expert */
+    float number, eps;       /* `number`: a limit, a multiplier, or attention's scale */
+    const void *weight, *bias;
+    const void *down;                                        /* COMBINE */
+    const void *shared_up, *shared_down, *shared_gate;       /* GATE and COMBINE */
+    const void *const *gates;  /* GATE: [MK_GATES], some NULL */
+    void *cache;             /* [2, lanes, kv_heads, capacity, head_dim] */
+    const void *cos, *sin;   /* [capacity, head_dim]; NULL: no rope */
+} mk_op;
+
+/* Where routing is written: [lanes of the call, places, routers, ...], float32 or int32. */
+typedef struct {
+    const double *policies;  /* [opened lanes, places, routers, MK_POLICY_WIDTH] */
+    int32_t places, routers;
+    int32_t width;           /* K the arrays have room for */
+    int32_t logits_width;    /* E the logits have room for */
+    int32_t *expert_ids;     /* [N, P, L, width], -1 unused */
+    int32_t *runner_up;      /* [N, P, L] */
+    float *scores, *weights; /* [N, P, L, width] */
+    float *scalars;          /* [N, P, L, 4]: score sum, mass, entropy, margin */
+    float *logits;           /* [N, L, logits_width], or NULL */
+} mk_record;
+
+typedef struct mk_pool mk_pool;
+typedef struct mk_step mk_step;
+
+MK_EXPORT int32_t mk_abi(void);
+MK_EXPORT int64_t mk_size_of(int32_t which); /* 0: mk_op, 1: mk_record */
+
+/* The instruction set in use; `wanted` names another ("": the best). NULL: this CPU lacks it. */
+MK_EXPORT const char *mk_isa_name(const char *wanted);
+
+MK_EXPORT mk_pool *mk_pool_create(int32_t threads);
+MK_EXPORT void mk_pool_destroy(mk_pool *pool);
+MK_EXPORT int32_t mk_pool_threads(const mk_pool *pool);
+
+/* A step for at most `lanes` lanes at once. `widths` are the columns of each buffer; `lanes` and
+ * `capacity` are the cache's too. NULL: no memory. The program is copied; weights are not. */
+MK_EXPORT mk_step *mk_step_create(mk_pool *pool, const char *isa, int32_t dtype, const mk_op *ops,
+                                  int32_t count, const int32_t *widths, int32_t buffers,
+                                  int32_t lanes, int32_t capacity, int32_t width);
+MK_EXPORT void mk_step_destroy(mk_step *step);
+
+/* One token for each of `count` lanes. logits [count, vocabulary] float32. */
+MK_EXPORT void mk_step_run(mk_step *step, int32_t count, const int32_t *lanes,
+                           const int32_t *starts, const int64_t *token_ids,
+                           const mk_record *record, float *logits);
+
+/* For tests and measurements. y [count, rows] = x [count, cols] times weight [rows, cols], x in
+ * float32, values already of `dtype`; GB/s are the caller's to compute. 0: done, -1: no memory. */
+MK_EXPORT int32_t mk_linear(mk_pool *pool, const char *isa, int32_t dtype, const void *weight,
+                            int32_t rows, int32_t cols, const float *x, int32_t count, float *y);
+MK_EXPORT uint64_t mk_read(mk_pool *pool, const char *isa, const void *from, int64_t bytes);
+
+#endif

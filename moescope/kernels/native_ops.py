@@ -1,0 +1,203 @@
+"""The C library of kernels (`native/`): found beside the package, opened, its structs named.
+
+It is built at installation where a C compiler is there; where it is not, `library` gives None and
+callers take the torch path. `MOESCOPE_NATIVE=0` does the same; `MOESCOPE_ISA` names one of
+`instruction_sets` instead of the best this CPU has. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ABI = 1
+GATES = 17  # a gate as stored, and rounded to 2 to 16 bits
+DTYPES = ("float32", "bfloat16", "float16")
+INSTRUCTION_SETS = ("avx512-bf16", "avx512", "avx2", "portable")
+
+# Places in `enum mk_kind`, and flags.
+KINDS = (
+    "embed",
+    "norm",
+    "linear",
+    "clip",
+    "place",
+    "attend",
+    "merge",
+    "add",
+    "gate",
+    "route",
+    "experts",
+    "combine",
+    "head",
+)
+FIRST, WIDE_NORM, WIDE_ROPE, GLU, WEIGHT_FIRST = 1, 2, 2, 4, 8
+
+_INTEGERS = (
+    "kind flags x y z rows cols at groups heads kv_heads head_dim window router classes experts "
+    "logits_dtype shared_width"
+)
+_POINTERS = "weight bias down shared_up shared_down shared_gate gates cache cos sin"
+OP = np.dtype(
+    [(name, np.int32) for name in _INTEGERS.split()]
+    + [("number", np.float32), ("eps", np.float32)]
+    + [(name, np.uintp) for name in _POINTERS.split()],
+    align=True,
+)  # struct mk_op
+
+_pointer, _int, _text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
+
+
+class Record(ctypes.Structure):
+    """struct mk_record: where routing is written."""
+
+    _fields_ = (
+        ("policies", _pointer),
+        ("places", _int),
+        ("routers", _int),
+        ("width", _int),
+        ("logits_width", _int),
+        ("expert_ids", _pointer),
+        ("runner_up", _pointer),
+        ("scores", _pointer),
+        ("weights", _pointer),
+        ("scalars", _pointer),
+        ("logits", _pointer),
+    )
+
+
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, then arguments
+    "mk_abi": (_int,),
+    "mk_size_of": (ctypes.c_int64, _int),
+    "mk_isa_name": (_text, _text),
+    "mk_pool_create": (_pointer, _int),
+    "mk_pool_destroy": (None, _pointer),
+    "mk_pool_threads": (_int, _pointer),
+    "mk_step_create": (
+        *(_pointer, _pointer, _text, _int, _pointer, _int),
+        *(_pointer, _int, _int, _int, _int),
+    ),
+    "mk_step_destroy": (None, _pointer),
+    "mk_step_run": (None, _pointer, _int, *(_pointer,) * 5),
+    "mk_linear": (_int, _pointer, _text, _int, _pointer, _int, _int, _pointer, _int, _pointer),
+    "mk_read": (ctypes.c_uint64, _pointer, _text, _pointer, ctypes.c_int64),
+}
+
+
+def library() -> ctypes.CDLL | None:
+    """The library, or None where it was not built, is of another version, or is switched off."""
+    return None if os.environ.get("MOESCOPE_NATIVE") == "0" else _open()
+
+
+@lru_cache(maxsize=1)
+def _open() -> ctypes.CDLL | None:
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if not path.exists():
+            continue
+        try:
+            return _checked(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _checked(found: ctypes.CDLL) -> ctypes.CDLL | None:
+    """`found` with its functions declared, if it is what this file describes."""
+    for name, (result, *arguments) in _FUNCTIONS.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    sizes = found.mk_size_of(0), found.mk_size_of(1)
+    if found.mk_abi() != ABI or sizes != (OP.itemsize, ctypes.sizeof(Record)):
+        return None
+    return found
+
+
+def available() -> str:
+    """The instruction set in use (one of INSTRUCTION_SETS), or "" where there is no library or the
+    CPU lacks the one that `MOESCOPE_ISA` names."""
+    found = library()
+    name = found.mk_isa_name(wanted_isa()) if found is not None else None
+    return name.decode() if name else ""
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those of INSTRUCTION_SETS that this CPU has, the best first."""
+    found = library()
+    if found is None:
+        return ()
+    return tuple(name for name in INSTRUCTION_SETS if found.mk_isa_name(name.encode()))
+
+
+def wanted_isa() -> bytes:
+    return os.environ.get("MOESCOPE_ISA", "").encode()
+
+
+class Pool:
+    """Threads that run one job at a time; whoever calls a function of it holds `lock`."""
+
+    def __init__(self, threads: int) -> None:
+        found = library()
+        assert found is not None
+        self.library, self.lock = found, threading.Lock()
+        self.handle = found.mk_pool_create(threads)
+        if not self.handle:
+            raise MemoryError("no memory for threads")
+        self.threads: int = found.mk_pool_threads(self.handle)
+
+
+def pool(threads: int) -> Pool:
+    """One pool per number of threads and process (a fork has none of its parent's threads); it
+    lives as long as the process."""
+    return _pool(threads, os.getpid())
+
+
+@lru_cache
+def _pool(threads: int, process: int) -> Pool:
+    return Pool(threads)
+
+
+def linear(
+    x: NDArray[np.float32],
+    weight: NDArray[Any],
+    *,
+    dtype: str | None = None,
+    isa: str = "",
+    threads: int = 1,
+) -> NDArray[np.float32]:
+    """x [N, in] times weight [out, in], rounded to the weight's dtype: [N, out].
+
+    Weights are float32, float16, or uint16 with `dtype` "bfloat16"; x holds values of that dtype.
+    """
+    chosen = DTYPES.index(dtype or weight.dtype.name)
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    assert weight.flags.c_contiguous and x.shape[1] == weight.shape[1]
+    y = np.empty((len(x), len(weight)), np.float32)
+    team = pool(threads)
+    with team.lock:
+        failed = team.library.mk_linear(
+            *(team.handle, isa.encode(), chosen, weight.ctypes.data, *weight.shape),
+            *(x.ctypes.data, len(x), y.ctypes.data),
+        )
+    if failed:
+        raise MemoryError("no memory for a product")
+    return y
+
+
+def read_bandwidth(data: NDArray[Any], *, threads: int, isa: str = "") -> float:
+    """GB/s at which the pool reads `data`, once and with nothing else done to it."""
+    assert data.flags.c_contiguous
+    team = pool(threads)
+    with team.lock:
+        start = time.perf_counter()
+        team.library.mk_read(team.handle, isa.encode(), data.ctypes.data, data.nbytes)
+        return data.nbytes / (time.perf_counter() - start) / 1e9
