@@ -309,8 +309,8 @@ def attend(
     """Feed one token to N lanes: writes their rows of `cache` and returns `out` [N, heads × D].
 
     qkv [N, (heads + 2 kv heads) × D] and cache [2, lanes, kv heads, capacity, D] in the model's
-    dtype; lanes and positions [N] int32 on the device; `weights` of the q and the k norm; `rotation`
-    cos and signed sin [capacity, D] in the dtype they are applied in.
+    dtype; lanes and positions [N] int32 on the device; `weights` of the q and the k norm;
+    `rotation` cos and signed sin [capacity, D] in the dtype they are applied in.
     """
     G, D = shape.heads // shape.kv_heads, shape.head_dim
     flat = shape.norm == "flat"

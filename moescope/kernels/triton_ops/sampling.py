@@ -1,7 +1,8 @@
 """The next token of N lanes, drawn where the logits are.
 
-`greedy` is one launch: the likeliest token, and with it the input of the step after. `draw` is torch operations on the device, with the filters of `engine.sampling.candidates`
-in the same order and in float64; random numbers come from the host. Letters: N lanes, V vocabulary.
+`greedy` is one launch: the likeliest token, and with it the input of the step after. `draw` is
+torch operations, with the filters of `engine.sampling.candidates` in the same order and in float64;
+random numbers come from the host. Letters: N lanes, V vocabulary.
 """
 
 from __future__ import annotations

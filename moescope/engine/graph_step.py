@@ -1,0 +1,228 @@
+"""The fused step for CUDA: one token of each of N lanes in one graph, and the next one under way.
+
+`graph_layers` says what runs, `graph_slots` where it reads and writes. This module captures it, one
+graph for each number of lanes, of shadow variants, for records with or without logits, and way of
+drawing; replays it; and runs ahead: the device draws the next token itself and its step starts
+before the host has seen it. A step that was not wanted is forgotten: its rows of the cache lie
+behind the ends of the lanes. Policies are data: no toggle captures anything again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moescope.engine import graph_layers, sampling
+from moescope.engine.graph_layers import Layers
+from moescope.engine.graph_slots import SLOTS, Buffers
+from moescope.engine.interpreter import Draw, StepOutput
+from moescope.engine.steps import Shared
+from moescope.trace.frames import RecordLevel
+
+Drawing = Literal["greedy", "plain", "ranked"]  # ranked: some lane has a top-k or a top-p
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a graph is captured for."""
+
+    lanes: int
+    shadows: int
+    logits: bool  # of the routers, in the record
+    drawing: Drawing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Launched:
+    """A step under way: what it was given and where its output arrives."""
+
+    kind: Kind
+    slot: int
+    lanes: tuple[int, ...]
+    starts: tuple[int, ...]
+    draws: tuple[Draw, ...] | None
+    state: tuple[int, int]  # versions of policies and caches
+
+
+class GraphStep:
+    """See `steps.Step`. `graph` False launches the same kernels one by one. `captures` counts
+    what was captured, `launches` the steps that ran, wanted or not."""
+
+    def __init__(self, shared: Shared, *, graph: bool = True, run_ahead: bool = True) -> None:
+        self.shared, self.graph, self.run_ahead = shared, graph, run_ahead
+        self.layers = Layers(shared)
+        self.kernels = self.layers.kernels()
+        self.captures = self.launches = 0
+        self._buffers: dict[tuple[int, int, bool], Buffers] = {}
+        self._graphs: dict[Kind, list[torch.cuda.CUDAGraph]] = {}
+        self._pool: Any = None
+        self._copies: torch.cuda.Stream | None = None
+        self._ahead: Launched | None = None
+        self._drawn: NDArray[np.int64] | None = None  # what the last output was followed by
+        if shared.device != "cpu":
+            self._copies = torch.cuda.Stream(shared.device)
+
+    @staticmethod
+    def why_not(shared: Shared) -> str:
+        """ "" where this step covers the decoder, else what it has no fused form for."""
+        return graph_layers.why_not(shared)
+
+    def opened(self) -> None:
+        """Caches moved: everything captured is void."""
+        if self.shared.device != "cpu":
+            torch.cuda.synchronize(self.shared.device)
+        self._ahead = None
+        self._graphs.clear()
+        self._buffers.clear()
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        lanes: tuple[int, ...],
+        starts: tuple[int, ...],
+        token_ids: NDArray[np.int64],
+        record: RecordLevel,
+        draws: Sequence[Draw] | None = None,
+    ) -> StepOutput:
+        """Feed one token to each of up to `graph_layers.LANES` lanes; see `steps.Step`."""
+        drawn_after = None if draws is None else tuple(draws)
+        launched = self._found(lanes, starts, token_ids, record, drawn_after)
+        self._ahead = None
+        if launched is None:
+            launched = self._begin(lanes, starts, token_ids, record, drawn_after)
+        if self.run_ahead and drawn_after is not None:
+            self._ahead = self._go_on(launched)
+        output = self._of(launched.kind).output(
+            launched.slot, lanes, record, drawn_after is not None
+        )
+        self._drawn = output.drawn
+        return output
+
+    # --- running ahead ----------------------------------------------------------------------------
+
+    def _found(
+        self,
+        lanes: tuple[int, ...],
+        starts: tuple[int, ...],
+        token_ids: NDArray[np.int64],
+        record: RecordLevel,
+        draws: tuple[Draw, ...] | None,
+    ) -> Launched | None:
+        """The step that ran ahead, where it is the one asked for."""
+        ahead = self._ahead
+        if ahead is None or self._drawn is None:
+            return None
+        same = (
+            (ahead.lanes, ahead.starts, ahead.state) == (lanes, starts, self._state())
+            and np.array_equal(self._drawn, token_ids)
+            and (ahead.kind.logits or record != "logits")
+            and (draws is None or _alike(draws, ahead.draws))
+        )
+        return ahead if same else None
+
+    def _go_on(self, last: Launched) -> Launched | None:
+        """Start the step after `last` on what that one draws, if there is room."""
+        starts = tuple(start + 1 for start in last.starts)
+        if last.draws is None or max(starts) >= self.shared.capacity:
+            return None
+        draws = tuple(_following(draw) for draw in last.draws)
+        if last.kind.drawing != "greedy":
+            self._of(last.kind).write_sampling(draws)
+        return self._launch(replace(last, starts=starts, draws=draws))
+
+    def _state(self) -> tuple[int, int]:
+        return self.shared.policies.version, self.shared.edits
+
+    # --- launching --------------------------------------------------------------------------------
+
+    def _begin(
+        self,
+        lanes: tuple[int, ...],
+        starts: tuple[int, ...],
+        token_ids: NDArray[np.int64],
+        record: RecordLevel,
+        draws: tuple[Draw, ...] | None,
+    ) -> Launched:
+        shadows = len(self.shared.policies.shadows)
+        kind = Kind(len(lanes), shadows, record == "logits", _drawing(draws))
+        buffers = self._of(kind)
+        gates = self.layers.gates_for(self.shared.policies)
+        buffers.write_policies(lanes, gates)
+        if draws is not None and kind.drawing != "greedy":
+            buffers.write_sampling(draws)
+        inputs = {"token_ids": token_ids, "positions": starts, "lanes": lanes}
+        if self.graph and kind not in self._graphs:
+            buffers.inputs.send(inputs)
+            self._graphs[kind] = self._capture(kind)
+        buffers.inputs.send(inputs)
+        return self._launch(Launched(kind, 0, lanes, starts, draws, self._state()))
+
+    def _launch(self, launched: Launched) -> Launched:
+        buffers = self._of(launched.kind)
+        slot = buffers.turn
+        buffers.turn = (slot + 1) % SLOTS
+        buffers.slots[slot].keep_until_fetched()
+        if self.graph:
+            self._graphs[launched.kind][slot].replay()
+        else:
+            self._forward(launched.kind, slot)
+        buffers.slots[slot].fetch(self._copies)
+        self.launches += 1
+        return replace(launched, slot=slot)
+
+    def _of(self, kind: Kind) -> Buffers:
+        key = kind.lanes, kind.shadows, kind.logits
+        if key not in self._buffers:
+            self._buffers[key] = Buffers(self.shared, *key)
+        return self._buffers[key]
+
+    def _forward(self, kind: Kind, slot: int) -> None:
+        buffers = self._of(kind)
+        self.layers.run(buffers, buffers.slots[slot].device, kind.drawing)
+
+    def _capture(self, kind: Kind) -> list[torch.cuda.CUDAGraph]:
+        """One graph a slot. Everything runs once before, because kernels compile and libraries
+        allocate on first use, which a capture does not allow."""
+        device = self.shared.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            self._forward(kind, 0)
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graphs = []
+        for slot in range(SLOTS):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._forward(kind, slot)
+            graphs.append(graph)
+        self.captures += 1
+        return graphs
+
+
+def _drawing(draws: Sequence[Draw] | None) -> Drawing:
+    asked = [draw.sampling for draw in draws or () if draw.sampling.temperature > 0]
+    if not asked:
+        return "greedy"
+    return "ranked" if any(s.top_k > 0 or s.top_p < 1 for s in asked) else "plain"
+
+
+def _alike(draws: Sequence[Draw], others: Sequence[Draw] | None) -> bool:
+    """Whether they draw the same; random numbers follow from the rest."""
+    return others is not None and [(d.sampling, d.position) for d in draws] == [
+        (d.sampling, d.position) for d in others
+    ]
+
+
+def _following(draw: Draw) -> Draw:
+    """How the token after the one of `draw` will be drawn."""
+    position, asked = draw.position + 1, draw.sampling
+    random = sampling.uniform(asked.seed, position) if asked.temperature > 0 else draw.uniform
+    return Draw(asked, position, random)
