@@ -16,7 +16,6 @@ A dense gated block is one expert that every lane chose: `mlp_small`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,38 +25,17 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moescope.kernels.triton_ops.gemv import (
-    WIDEST,
-    Tile,
     check_products,
     input_row,
     launch,
     products,
     rounded,
-    warps_for,
     weight_rows,
 )
+from moescope.kernels.triton_ops.tiles import WIDEST, ExpertTiles, Tile, expert_tiles
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 COMBINES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertTiles:
-    """Of gate-up, `rows` of the gate and as many of up; of down, `rows` outputs."""
-
-    gate_up: Tile
-    down: Tile
-
-
-# Widest row up to which -> rows of gate (and of up), rows of down: two experts' rows are held.
-EXPERT_ROWS = ((1024, 4, 4), (2048, 2, 4), (4096, 2, 2), (16384, 1, 1))
-
-
-def expert_tiles(hidden: int, width: int) -> ExpertTiles:
-    """Tiles for experts of this hidden and inner width, by measure of nothing."""
-    gate_rows = next(gate for least, gate, _ in EXPERT_ROWS if hidden <= least)
-    down_rows = next(down for least, _, down in EXPERT_ROWS if width <= least)
-    return ExpertTiles(Tile(gate_rows, warps_for(hidden)), Tile(down_rows, warps_for(width)))
 
 
 @triton.jit

@@ -14,48 +14,15 @@ weights are on their way (programmatic dependent launch; CUDA, compute capabilit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from moescope.kernels.triton_ops.tiles import WIDEST, Tile, linear_tile
+
 LANES = 8  # above it the products are no longer bound by reading the weights
-WIDEST = 16384  # columns of a row that a program can hold
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """`rows` whole rows of a weight in one program of `warps` warps."""
-
-    rows: int
-    warps: int
-    tuned: bool = False
-
-    def __str__(self) -> str:
-        how = "tuned" if self.tuned else "untuned"
-        return f"{self.rows} rows a program, {self.warps} warps, {how}"
-
-
-# Rows of the weight -> rows of a program: several programs for each of some hundred processors.
-LINEAR_ROWS = ((16384, 8), (1536, 4), (512, 2), (0, 1))
-
-
-def linear_tile(outputs: int, width: int) -> Tile:
-    """The tile of a weight [outputs, width], by measure of nothing: see the module."""
-    rows = next(rows for least, rows in LINEAR_ROWS if outputs >= least)
-    if width > 8192:
-        rows = min(rows, 2)
-    elif width > 4096:
-        rows = min(rows, 4)
-    return Tile(rows, warps_for(width))
-
-
-def warps_for(width: int) -> int:
-    """16 values of each row to a thread: two loads of 16 bytes in two-byte dtypes."""
-    return max(1, min(16, triton.next_power_of_2(width) // (32 * 16)))
 
 
 @triton.jit
