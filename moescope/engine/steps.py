@@ -91,7 +91,7 @@ class Shared:
     caches: list[Tensor] = field(default_factory=list)  # [2, lanes, kv heads, capacity, head dim]
     rotations: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # attention -> cos and signed sin [capacity, head dim], in the dtype they are applied in
-    edits: int = 0  # grows when a lane changes other than by a step: cut, copied, given a prompt
+    edits: int = 0  # grows when a lane changes other than by a step: copied, or given a prompt
 
 
 class Step(Protocol):

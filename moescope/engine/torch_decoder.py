@@ -214,6 +214,7 @@ class TorchDecoder:
                 for _, attention in self._attentions:
                     attention.copy(source, target, length)
         self._lengths[target] = length
+        self.shared.edits += 1
 
     def cache_bytes(self, lanes: int, capacity: int) -> int:
         """Bytes of state `open` would allocate."""
@@ -247,6 +248,7 @@ class TorchDecoder:
                 for n, lane in enumerate(lanes)
             ]
             out = outs[0] if len(outs) == 1 else _merge(outs)
+            self.shared.edits += 1
         for lane in lanes:
             self._lengths[lane] += ids.shape[1]
         return out
