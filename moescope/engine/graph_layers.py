@@ -71,10 +71,12 @@ class After:
         """What then remains."""
         if self.norm is None or self.weight is None:
             return y
-        return norms.rms_norm(
+        into = y if held is None else held
+        norms.rms_norm(
             y, self.weight, self.norm.eps, self.norm.applies,
-            multiplier=self.multiplier, held=held, out=y if held is None else held,
+            multiplier=self.multiplier, held=held, out=into,
         )  # fmt: skip
+        return into
 
 
 class Operator(Protocol):
@@ -132,9 +134,9 @@ class FusedMLP:
         return after.rest(y, held)
 
     def block(self, read: Tensor, **options: Any) -> Tensor:
-        return experts.mlp_small(
-            read, self.gate_up, self.down, activation=self.activation, **options
-        )
+        options["activation"] = self.activation
+        out: Tensor = experts.mlp_small(read, self.gate_up, self.down, **options)
+        return out
 
 
 class FusedMoE:

@@ -9,6 +9,7 @@ Letters: N lanes, P policies (1 + S shadows), L routers, K picked, E experts, V 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from math import prod
 from typing import Any
 
@@ -48,7 +49,7 @@ class Block:
             self._on_host = self._memory
         else:
             self._on_host = torch.zeros(size, dtype=torch.uint8).pin_memory()
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.device: dict[str, Tensor] = {}
         self.host: dict[str, NDArray[Any]] = {}  # read only after `wait`
         for name, (shape, dtype) in fields.items():
@@ -182,6 +183,26 @@ class Buffers:
             flat = host["router_logits"][place, : self.lanes * E]
             out[:, 0, place, :E] = flat.reshape(self.lanes, E)
         return out
+
+
+def joined(outs: Sequence[StepOutput]) -> StepOutput:
+    """Outputs of some lanes each as one; K is that of the lane with the most."""
+    arrays: dict[str, Any] = {}
+    for name in (field.name for field in fields(StepOutput)):
+        parts = [getattr(out, name) for out in outs]
+        if not isinstance(parts[0], np.ndarray):
+            continue
+        widest = max(part.shape[-1] for part in parts)
+        fill = -1 if parts[0].dtype == np.int16 else 0
+        pads = [[(0, 0)] * (p.ndim - 1) + [(0, widest - p.shape[-1])] for p in parts]
+        arrays[name] = np.concatenate(
+            [
+                np.pad(part, pad, constant_values=fill) if part.ndim > 1 else part
+                for part, pad in zip(parts, pads, strict=True)
+            ]
+        )
+    invalid = [out.invalid_router for out in outs if out.invalid_router is not None]
+    return replace(outs[0], **arrays, invalid_router=min(invalid, default=None))
 
 
 def _by_lane(array: NDArray[Any], dtype: Any) -> NDArray[Any]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moescope.engine import graph_layers, sampling
 from moescope.engine.graph_layers import Layers
-from moescope.engine.graph_slots import SLOTS, Buffers
+from moescope.engine.graph_slots import SLOTS, Buffers, joined
 from moescope.engine.interpreter import Draw, StepOutput
 from moescope.engine.steps import Shared
 from moescope.trace.frames import RecordLevel
@@ -65,7 +65,7 @@ class GraphStep:
         self._ahead: Launched | None = None
         self._drawn: NDArray[np.int64] | None = None  # what the last output was followed by
         if shared.device != "cpu":
-            self._copies = torch.cuda.Stream(shared.device)
+            self._copies = torch.cuda.Stream(shared.device)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def why_not(shared: Shared) -> str:
@@ -89,7 +89,9 @@ class GraphStep:
         record: RecordLevel,
         draws: Sequence[Draw] | None = None,
     ) -> StepOutput:
-        """Feed one token to each of up to `graph_layers.LANES` lanes; see `steps.Step`."""
+        """See `steps.Step`. More lanes than the kernels take go in parts, without running ahead."""
+        if len(lanes) > graph_layers.LANES:
+            return self._in_parts(lanes, starts, token_ids, record, draws)
         drawn_after = None if draws is None else tuple(draws)
         launched = self._found(lanes, starts, token_ids, record, drawn_after)
         self._ahead = None
@@ -102,6 +104,26 @@ class GraphStep:
         )
         self._drawn = output.drawn
         return output
+
+    def _in_parts(
+        self,
+        lanes: tuple[int, ...],
+        starts: tuple[int, ...],
+        token_ids: NDArray[np.int64],
+        record: RecordLevel,
+        draws: Sequence[Draw] | None,
+    ) -> StepOutput:
+        ahead, self.run_ahead = self.run_ahead, False
+        try:
+            parts = [
+                slice(n, n + graph_layers.LANES) for n in range(0, len(lanes), graph_layers.LANES)
+            ]
+            outs = [
+                self(lanes[p], starts[p], token_ids[p], record, draws and draws[p]) for p in parts
+            ]
+        finally:
+            self.run_ahead = ahead
+        return joined(outs)
 
     # --- running ahead ----------------------------------------------------------------------------
 
@@ -189,7 +211,7 @@ class GraphStep:
         """One graph a slot. Everything runs once before, because kernels compile and libraries
         allocate on first use, which a capture does not allow."""
         device = self.shared.device
-        side = torch.cuda.Stream(device)
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             self._forward(kind, 0)

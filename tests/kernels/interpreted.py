@@ -4,7 +4,8 @@ Triton 3.6 interprets bfloat16 in two ways that no device knows: it cuts float32
 rounding it to nearest even, and it multiplies the bit patterns in `tl.dot`. Both are put right
 here, so that a kernel is compared with its twin at the twin's rounding points. It also patches the
 language anew for every call of one jitted function by another, which is half of its time: here it
-does so once a launch.
+does so once a launch. And it bounds a range by an array of one number, which numpy 2.4 takes for no
+number.
 """
 
 from __future__ import annotations
@@ -55,11 +56,17 @@ _patch = interpreter._patch_lang
 _everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
 
+def patch(_: Any) -> Any:
+    scope = _patch(_everything)
+    scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
+    return scope
+
+
 def call(self: Any, *arguments: Any, **named: Any) -> Any:
     return self.rewrite()(*arguments, **named)
 
 
-interpreter._patch_lang = lambda _: _patch(_everything)
+interpreter._patch_lang = patch
 interpreter.InterpretedFunction.__call__ = call
 interpreter._convert_float = convert_float
 interpreter.InterpreterBuilder.create_dot = create_dot

@@ -19,19 +19,6 @@ from torch import Tensor
 BLOCK = 64  # keys in a tile
 MAX_SPLITS = 32
 LOG2_E = 1.4426950408889634
-FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-INTERPRETED = triton.knobs.runtime.interpret  # its dot takes no bfloat16
-
-
-@triton.jit
-def _bound(number):
-    return number
-
-
-if INTERPRETED:  # numpy 2.4 takes no array of one number for the end of a range
-
-    def _bound(number):
-        return int(number.handle.data.item())
 
 
 @triton.jit
@@ -72,20 +59,20 @@ def _turned(x, partner, cos, sin, WIDE: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, k, DOT: tl.constexpr, FACTORS: tl.constexpr):
+def _scores(q, k, DOT: tl.constexpr):
     """[G, D] and [B, D] -> [G, B]. Without DOT, G is 1."""
     if DOT:
-        found = tl.dot(q.to(FACTORS), tl.trans(k).to(FACTORS), input_precision="ieee")
+        found = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee")
     else:
         found = tl.sum(k.to(tl.float32) * q, axis=1)[None, :]
     return found
 
 
 @triton.jit
-def _mixed(p, v, DOT: tl.constexpr, FACTORS: tl.constexpr):
+def _mixed(p, v, DOT: tl.constexpr):
     """[G, B] and [B, D] -> [G, D]. Without DOT, G is 1."""
     if DOT:
-        found = tl.dot(p.to(v.dtype).to(FACTORS), v.to(FACTORS), input_precision="ieee")
+        found = tl.dot(p.to(v.dtype), v, input_precision="ieee")
     else:
         found = tl.sum(tl.sum(p, axis=0)[:, None] * v.to(tl.float32), axis=0)[None, :]
     return found
@@ -128,7 +115,6 @@ def _attend(
     ROPE: tl.constexpr,
     ROPE_WIDE: tl.constexpr,
     DOT: tl.constexpr,
-    FACTORS: tl.constexpr,  # the dtype of what DOT multiplies
 ):
     dtype: tl.constexpr = qkv.dtype.element_ty
     group, split = tl.program_id(0), tl.program_id(1)
@@ -206,19 +192,19 @@ def _attend(
 
     j = tl.arange(0, BLOCK)
     end = tl.minimum((split + 1) * share, blocks)
-    for b in range(_bound(split * share), _bound(end)):
+    for b in range(split * share, end):
         at_key = first + b * BLOCK + j
         in_sight = at_key < position
         places = at_key.to(tl.int64)[:, None] * D + d[None, :]
         seen = in_sight[:, None] & in_d[None, :]
         k = tl.load(keys + places, mask=seen, other=0.0)
         v = tl.load(values + places, mask=seen, other=0.0)
-        scores = tl.where(in_sight[None, :], _scores(q, k, DOT, FACTORS) * scale, float("-inf"))
+        scores = tl.where(in_sight[None, :], _scores(q, k, DOT) * scale, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
         fade = tl.exp2(top - higher)
         p = tl.exp2(scores - higher[:, None])
         total = total * fade + tl.sum(p, axis=1)
-        acc = acc * fade[:, None] + _mixed(p, v, DOT, FACTORS)
+        acc = acc * fade[:, None] + _mixed(p, v, DOT)
         top = higher
 
     to = out + n * (KV * G * D) + at
@@ -353,7 +339,6 @@ def attend(
         ROPE=rotation is not None,
         ROPE_WIDE=cos.dtype is torch.float32,
         DOT=dot,
-        FACTORS=tl.float32 if INTERPRETED else FLOATS[qkv.dtype],
         num_warps=4,
     )
     return out
@@ -366,7 +351,6 @@ def _case(dtype: str, **constexprs: object) -> tuple[object, ...]:
     types |= {name: "fp32" for name in ("scale", "clip", "q_eps", "k_eps")}
     plain = {"Q_PAD": 1, "K_PAD": 1, "WINDOW": 0, "BLOCK": BLOCK, "FLAT": False, "NORM": False}
     plain |= {"NORM_WIDE": False, "CLIP": False, "ROPE": True, "ROPE_WIDE": False}
-    plain["FACTORS"] = {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype]
     return _attend, types, {**plain, **constexprs}, {"num_warps": 4}
 
 
