@@ -1,24 +1,21 @@
-"""Triton's interpreter, for kernels on CPU tensors: import this before `triton`.
+"""Puts Triton's interpreter right, for kernels on CPU tensors: import this before any kernel.
 
 Triton 3.6 interprets bfloat16 in two ways that no device knows: it cuts float32 off instead of
 rounding it to nearest even, and it multiplies the bit patterns in `tl.dot`. Both are put right
 here, so that a kernel is compared with its twin at the twin's rounding points. It also patches the
 language anew for every call of one jitted function by another, which is half of its time: here it
 does so once a launch. And it bounds a range by an array of one number, which numpy 2.4 takes for no
-number.
+number. Nothing is changed where kernels are compiled, as tests that need a GPU do.
 """
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 import triton.language as tl
+from triton import knobs
 from triton.runtime import interpreter
 
 _convert, _dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
@@ -66,7 +63,8 @@ def call(self: Any, *arguments: Any, **named: Any) -> Any:
     return self.rewrite()(*arguments, **named)
 
 
-interpreter._patch_lang = patch
-interpreter.InterpretedFunction.__call__ = call
-interpreter._convert_float = convert_float
-interpreter.InterpreterBuilder.create_dot = create_dot
+if knobs.runtime.interpret:
+    interpreter._patch_lang = patch
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_dot = create_dot

@@ -1,0 +1,333 @@
+"""Triton's products and experts against their slow twins, under Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tests.kernels.interpreted  # noqa: F401  (before the kernels)
+from moescope.kernels.triton_ops import experts as decode
+from moescope.kernels.triton_ops import gemv, grouped
+from moescope.kernels.triton_ops.tiles import Block, ExpertTiles, Tile, configuration, expert_tiles
+from tests.kernels.expert_cases import (
+    assert_close,
+    biased_experts,
+    experts,
+    linear_twin,
+    random,
+    routes,
+    torch_experts,
+)
+
+HALVES = [torch.bfloat16, torch.float16]
+EVERY = [torch.float32, *HALVES]
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+SMALL = ExpertTiles(Tile(4, 1), Tile(8, 1))
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+# --- products -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", EVERY)
+@pytest.mark.parametrize(("N", "rows", "H"), [(1, 11, 37), (3, 16, 64), (8, 5, 7)])
+def test_linear_is_torch_s(dtype: torch.dtype, N: int, rows: int, H: int) -> None:
+    x, weight = random(1, dtype, N, H), random(2, dtype, rows, H, scale=H**-0.5)
+    out = poisoned(N, rows, dtype=dtype)
+    found = gemv.linear_small(x, weight, out=out, tile=Tile(4, 1))
+    assert found is out
+    assert_close(found, linear_twin(x, weight))
+    exact = x.double() @ weight.double().T
+    assert (found.double() - exact).abs().max() <= exact.abs().max() * (
+        2e-6 if dtype is torch.float32 else 5e-3
+    )
+
+
+@pytest.mark.parametrize("dtype", EVERY)
+@pytest.mark.parametrize("applies", ["model", "float32"])
+def test_norm_before_and_residual_after(dtype: torch.dtype, applies: str) -> None:
+    N, rows, H = 2, 10, 48
+    x, weight = random(3, dtype, N, H, scale=3.0), random(4, dtype, rows, H, scale=H**-0.5)
+    options: dict[str, Any] = {
+        "bias": random(5, dtype, rows),
+        "norm": random(6, dtype, H),
+        "eps": 1e-5,
+        "applies": applies,
+        "multiplier": 0.22,
+        "residual": random(7, dtype, N, rows),
+    }
+    expected = linear_twin(x, weight, **options)
+    held = options["residual"]
+    found = gemv.linear_small(x, weight, **options, out=held, tile=Tile(4, 1))
+    assert_close(found, expected, wide=2.0)
+    assert found is held
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_gate_opens_the_product(dtype: torch.dtype) -> None:
+    x, weight = random(8, dtype, 2, 16), random(9, dtype, 6, 16, scale=0.25)
+    gate = random(10, dtype, 2, 1, scale=3.0)
+    found = gemv.linear_small(x, weight, gate=gate, tile=Tile(8, 1))
+    assert_close(found, linear_twin(x, weight, gate=gate))
+
+
+def test_logits_in_float32_hold_rounded_values() -> None:
+    x, weight = random(11, torch.bfloat16, 1, 16), random(12, torch.bfloat16, 6, 16)
+    out = poisoned(1, 6, dtype=torch.float32)
+    gemv.linear_small(x, weight, out=out)
+    assert torch.equal(out, gemv.linear_small(x, weight).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_knows_nothing_of_other_lanes(dtype: torch.dtype) -> None:
+    x, weight = random(13, dtype, 4, 70), random(14, dtype, 9, 70)
+    norm = random(15, dtype, 70)
+    together = gemv.linear_small(x, weight, norm=norm, tile=Tile(8, 1))
+    assert torch.equal(together, gemv.linear_small(x, weight, norm=norm, tile=Tile(8, 1)))
+    for n in (0, 3):
+        alone = gemv.linear_small(x[n : n + 1], weight, norm=norm, tile=Tile(4, 1))
+        assert torch.equal(alone[0], together[n])
+
+
+def test_what_is_not_covered_is_refused() -> None:
+    x, weight = random(16, torch.float32, 9, 8), random(17, torch.float32, 4, 8)
+    with pytest.raises(AssertionError, match="9 lanes"):
+        gemv.linear_small(x, weight)
+    with pytest.raises(AssertionError):
+        gemv.linear_small(x[:1], weight.T.contiguous().T)
+
+
+# --- experts of a few lanes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", EVERY)
+@pytest.mark.parametrize(
+    ("N", "K", "E", "nulls", "H", "width"),
+    [(1, 3, 5, 0, 37, 9), (3, 4, 6, 2, 16, 8), (8, 2, 3, 0, 8, 5), (2, 5, 4, 3, 9, 16)],
+)
+def test_experts_are_torch_s(
+    dtype: torch.dtype, N: int, K: int, E: int, nulls: int, H: int, width: int
+) -> None:
+    h, (gate_up, down) = random(20, dtype, N, H), experts(21, dtype, E, H, width)
+    ids, weights = routes(22 + N, N, K, E, nulls=nulls)
+    inner = poisoned(*decode.inner_shape(N, K, E, width), dtype=dtype)
+    out = poisoned(N, H, dtype=dtype)
+    found = decode.experts_small(h, gate_up, down, ids, weights, inner=inner, out=out, tiles=SMALL)
+    assert found is out
+    assert_close(found, torch_experts(h, gate_up, down, ids, weights))
+
+
+@pytest.mark.parametrize("combine", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("on_input", [False, True])
+def test_where_and_in_what_dtype_the_weight_is_applied(combine: str, on_input: bool) -> None:
+    dtype = torch.bfloat16
+    h, (gate_up, down) = random(30, dtype, 2, 24), experts(31, dtype, 4, 24, 8)
+    ids, weights = routes(32, 2, 3, 4)
+    found = decode.experts_small(
+        h,
+        gate_up,
+        down,
+        ids,
+        weights,
+        weight_on_input=on_input,
+        combine_dtype=getattr(torch, combine),
+        tiles=SMALL,
+    )
+    expected = torch_experts(h, gate_up, down, ids, weights, on_input=on_input, combine=combine)
+    assert_close(found, expected)
+    if combine == "float32":
+        rounded = weights.bfloat16().float()
+        other = torch_experts(h, gate_up, down, ids, rounded, on_input=on_input)
+        assert not torch.equal(found, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_follows_the_sum(dtype: torch.dtype) -> None:
+    N, H = 3, 12
+    h, (gate_up, down) = random(40, dtype, N, H), experts(41, dtype, 4, H, 8)
+    ids, weights = routes(42, N, 2, 4, nulls=1)
+    scale = torch.tensor([2.5, 1.0, 0.3])
+    shared, residual = random(43, dtype, N, H), random(44, dtype, N, H)
+    expected = torch_experts(h, gate_up, down, ids, weights)
+    for n in range(N):
+        expected[n] *= float(scale[n])
+    expected = residual + (expected + shared) * 0.5
+    found = decode.experts_small(
+        h,
+        gate_up,
+        down,
+        ids,
+        weights,
+        output_scale=scale,
+        shared=shared,
+        multiplier=0.5,
+        residual=residual,
+        out=residual,
+        tiles=SMALL,
+    )
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("activation", decode.ACTIVATIONS)
+def test_biases_and_activations(activation: str) -> None:
+    dtype, E, H, width = torch.bfloat16, 3, 16, 6
+    h, (gate_up, down) = random(50, dtype, 2, H), experts(51, dtype, E, H, width)
+    ids, weights = routes(52, 2, 2, E)
+    biases = random(53, dtype, E, 2 * width), random(54, dtype, E, H)
+    expected = biased_experts(h, gate_up, down, ids, weights, *biases, activation)
+    named: dict[str, Any] = {
+        "activation": activation,
+        "gate_up_bias": biases[0],
+        "down_bias": biases[1],
+    }
+    inputs = h, gate_up, down, ids, weights
+    assert_close(decode.experts_small(*inputs, **named, tiles=SMALL), expected)
+    assert_close(grouped.experts_grouped(*inputs, **named, block=Block(16, 16, 16, 1, 1)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_know_nothing_of_other_lanes(dtype: torch.dtype) -> None:
+    """Bits are the same alone, beside others, in another place, and again."""
+    h, (gate_up, down) = random(60, dtype, 3, 36), experts(61, dtype, 4, 36, 8)
+    ids, weights = routes(62, 3, 3, 4)
+    tiles = ExpertTiles(Tile(8, 1), Tile(64, 1))
+    together = decode.experts_small(h, gate_up, down, ids, weights, tiles=tiles)
+    again = decode.experts_small(h, gate_up, down, ids, weights, tiles=tiles)
+    assert torch.equal(together, again)
+    turned = [2, 0, 1]
+    picks = ids[turned], weights[turned]
+    moved = decode.experts_small(h[turned], gate_up, down, *picks, tiles=tiles)
+    assert torch.equal(moved, together[turned])
+    for n in range(3):
+        lane = slice(n, n + 1)
+        alone = decode.experts_small(h[lane], gate_up, down, ids[lane], weights[lane], tiles=SMALL)
+        assert torch.equal(alone[0], together[n])
+
+
+def test_places_of_a_policy_are_read_in_place() -> None:
+    """The router writes [N, P, K]; experts read the policy in force, in any order of picks."""
+    h, (gate_up, down) = random(70, torch.float32, 2, 8), experts(71, torch.float32, 4, 8, 4)
+    ids, weights = routes(72, 2, 3, 4)
+    every_id = torch.stack((ids, ids.flip(1) * 0 + 1), 1)
+    every_weight = torch.stack((weights, weights * 0 + 9.0), 1)
+    found = decode.experts_small(h, gate_up, down, every_id[:, 0], every_weight[:, 0], tiles=SMALL)
+    assert torch.equal(found, decode.experts_small(h, gate_up, down, ids, weights, tiles=SMALL))
+    flipped = ids.flip(1).contiguous(), weights.flip(1).contiguous()
+    assert torch.equal(found, decode.experts_small(h, gate_up, down, *flipped, tiles=SMALL))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dense_block_with_its_norm(dtype: torch.dtype) -> None:
+    x, (gate_up, down) = random(80, dtype, 2, 20), experts(81, dtype, 1, 20, 12)
+    norm, residual = random(82, dtype, 20), random(83, dtype, 2, 20)
+    h = linear_twin(x, torch.eye(20, dtype=dtype), norm=norm)
+    one = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
+    expected = residual + torch_experts(h, gate_up, down, *one)
+    found = decode.mlp_small(x, gate_up[0], down[0], norm=norm, residual=residual, tiles=SMALL)
+    assert_close(found, expected, wide=2.0)
+
+
+# --- experts of a prompt ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", EVERY)
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize(
+    ("T", "K", "E", "nulls", "H", "width"), [(1, 3, 5, 0, 37, 9), (20, 4, 7, 2, 40, 24)]
+)
+def test_grouped_experts_are_torch_s(
+    dtype: torch.dtype, on_input: bool, T: int, K: int, E: int, nulls: int, H: int, width: int
+) -> None:
+    h, (gate_up, down) = random(90, dtype, T, H), experts(91, dtype, E, H, width)
+    ids, weights = routes(92, T, K, E, nulls=nulls)
+    expected = torch_experts(h, gate_up, down, ids, weights, on_input=on_input)
+    inputs = h, gate_up, down, ids, weights
+    found = grouped.experts_grouped(*inputs, weight_on_input=on_input, products="triton")
+    assert_close(found, expected)
+    if dtype is torch.bfloat16 and H % 8 == 0:
+        theirs = grouped.experts_grouped(*inputs, weight_on_input=on_input, products="torch")
+        assert_close(theirs, expected)
+
+
+def test_all_rows_for_one_expert_and_none_for_the_others() -> None:
+    """More rows than a tile, and empty experts on both sides."""
+    h, (gate_up, down) = random(100, torch.float32, 40, 16), experts(101, torch.float32, 5, 16, 8)
+    ids, weights = torch.full((40, 1), 3, dtype=torch.int32), torch.rand(40, 1)
+    block = Block(16, 16, 16, 1, 1)
+    found = grouped.experts_grouped(h, gate_up, down, ids, weights, block=block)
+    assert_close(found, torch_experts(h, gate_up, down, ids, weights))
+    assert torch.equal(found, grouped.experts_grouped(h, gate_up, down, ids, weights, block=block))
+
+
+def test_no_expert_at_all_is_zero() -> None:
+    h, (gate_up, down) = random(110, torch.float32, 3, 8), experts(111, torch.float32, 4, 8, 4)
+    ids, weights = torch.tensor([[-1, -1], [4, -1], [5, 4]]).int(), torch.ones(3, 2)
+    for run in (decode.experts_small, grouped.experts_grouped):
+        assert torch.equal(run(h, gate_up, down, ids, weights), torch.zeros(3, 8))
+
+
+# --- tiles and compiled code --------------------------------------------------------------------
+
+
+def test_tiles_fill_a_device_at_one_lane() -> None:
+    """At least twice as many programs as an H200 has processors, in the shapes it is built for."""
+    for hidden, width in ((2048, 1024), (2048, 768), (4096, 1536), (7168, 2048)):
+        tiles = expert_tiles(hidden, width)
+        assert width / tiles.gate_up.rows >= 2 * 132 and hidden / tiles.down.rows >= 2 * 132
+        assert hidden / gemv.linear_tile(hidden, hidden).rows >= 2 * 132
+
+
+def test_configuration_names_every_kernel_s_tiles() -> None:
+    said = configuration(2048, 1024, 50304, head=Tile(16, 8, tuned=True))
+    assert said["experts"].startswith("triton gemv: gate-up 2 rows by 4 warps, not tuned; down ")
+    assert said["head"] == "triton gemv: 16 rows by 8 warps, tuned"
+    assert "not tuned" in said["linear"]
+
+
+LOOK = """
+import json
+from moescope.kernels.triton_ops import experts, gemv
+from tests.kernels.aot import build, resources
+early = gemv.aot_linear("*bf16", 1, 6144, 2048, norm=True, residual=False, pdl=True)
+cases = {"ahead": early} | gemv.AOT | experts.AOT
+for name in cases:
+    if "lanes" not in name and "float32" not in name:
+        code = build("cuda", *cases[name]).asm
+        print(json.dumps({"name": name, "ptx": code["ptx"]} | resources(code["cubin"])))
+"""
+
+
+@pytest.mark.slow
+def test_code_for_one_lane() -> None:
+    """Weights are read 16 bytes at a time, before the kernel ahead is waited for where that is
+    asked, and 16 warps of each kernel find registers on one processor (65 536)."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) > 6
+    for row in rows:
+        name, lines = row["name"], row["ptx"].splitlines()
+        weights = [line for line in lines if "ld.global.L1::evict_first" in line]
+        assert weights and all(".v4.b32" in line for line in weights), name
+        assert row["registers"] <= 65536 // (16 * 32), name
+        assert row["stack"] == 0, name
+    ahead = rows[0]["ptx"]
+    assert ahead.index("ld.global.L1::evict_first") < ahead.index("griddepcontrol.wait")
