@@ -75,7 +75,22 @@ def _version(name: str) -> str | None:
 
 def _devices() -> dict[str, Any]:
     """What each backend can see; a backend that fails to import says so instead of failing us."""
-    return {"cpu": _memory(), "cuda": _guarded(_cuda), "metal": _guarded(_metal)}
+    return {
+        "cpu": _memory(),
+        "native kernels": _native(),
+        "cuda": _guarded(_cuda),
+        "metal": _guarded(_metal),
+    }
+
+
+def _native() -> str:
+    from moescope.kernels import native_ops
+
+    if os.environ.get("MOESCOPE_NATIVE") == "0":
+        return "switched off (MOESCOPE_NATIVE=0)"
+    if native_ops.library() is None:
+        return "not built (no C compiler at installation); torch decodes instead"
+    return native_ops.available() or f"this CPU has no {native_ops.wanted_isa().decode()}"
 
 
 def _guarded(probe: Any) -> str:

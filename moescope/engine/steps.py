@@ -98,7 +98,9 @@ class Step(Protocol):
     """A fused decode step. What it computes must agree with the torch operators: same ids and
     tokens in float32, same rounding points in bfloat16."""
 
-    kernels: dict[str, str]  # operator -> kernel and its configuration, as the trace records it
+    # operator -> kernel and its configuration, as the trace records it; the first word of "step"
+    # is what the status line calls this path
+    kernels: dict[str, str]
 
     def opened(self) -> None:
         """Caches were allocated anew or lanes added: take their addresses again."""

@@ -97,7 +97,9 @@ class TorchDecoder:
         elif fused:
             self.step, self.why_no_step = fused_step(self.shared)
         if self.step is not None:
-            self.kernels.update(self.step.kernels)
+            self.kernels = {**self.step.kernels, "prompts": "torch"}
+        else:
+            self.kernels["step"] = f"torch: {self.why_no_step}"
 
     def _build(self, weights: Mapping[str, Tensor], devices: Sequence[str]) -> list[Stage]:
         dtype = ops.DTYPES[self.dtype]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from moescope.engine.protocol import Failed
 from moescope.errors import MoescopeError
@@ -38,7 +40,8 @@ def status(
     """The line on top."""
     facts = watch.facts
     memory = sum(int(facts.get(key) or 0) for key in ("weights_bytes", "cache_bytes"))
-    backend = " ".join(printable(str(facts[k]), 20) for k in ("device", "dtype") if facts.get(k))
+    words = [str(facts.get("device") or ""), str(facts.get("dtype") or ""), step_word(facts)]
+    backend = " ".join(printable(word, 20) for word in words if word)
     return StatusData(
         name=printable(watch.name, 60),
         shape=shape(watch.table),
@@ -50,6 +53,13 @@ def status(
         cursor=address,
         frames_per_second=f"{beats:.0f} Hz" if beats else "",
     )
+
+
+def step_word(facts: Mapping[str, Any]) -> str:
+    """How single tokens are decoded: native, graph, or torch where there is no fused step."""
+    kernels = facts.get("kernels")
+    step = kernels.get("step") if isinstance(kernels, dict) else None
+    return re.split(r"\W", step, maxsplit=1)[0] if isinstance(step, str) else ""
 
 
 def shape(table: RouterTable | None) -> str:
