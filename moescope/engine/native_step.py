@@ -376,11 +376,14 @@ class _Program:
             flags=native.WEIGHT_FIRST if wiring.apply_router_weight_on_input else 0,
             router=router,
         )
-        down = self._address(f"{path}.experts.down")
-        width = m.experts.width
         self._add(
-            "combine", y=y, rows=H, cols=width, down=down, experts=wiring.num_experts, **beside
+            "down",
+            rows=H,
+            cols=m.experts.width,
+            weight=self._address(f"{path}.experts.down"),
+            **beside,
         )
+        self._add("combine", y=y, rows=H, **beside)
 
 
 def _picks(shared: Shared, router: int) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ABI = 1
+ABI = 2
 GATES = 17  # a gate as stored, and rounded to 2 to 16 bits
 DTYPES = ("float32", "bfloat16", "float16")
 INSTRUCTION_SETS = ("avx512-bf16", "avx512", "avx2", "portable")
@@ -37,6 +37,7 @@ KINDS = (
     "gate",
     "route",
     "experts",
+    "down",
     "combine",
     "head",
 )
@@ -46,7 +47,7 @@ _INTEGERS = (
     "kind flags x y z rows cols at groups heads kv_heads head_dim window router classes experts "
     "logits_dtype shared_width"
 )
-_POINTERS = "weight bias down shared_up shared_down shared_gate gates cache cos sin"
+_POINTERS = "weight bias shared_up shared_down shared_gate gates cache cos sin"
 OP = np.dtype(
     [(name, np.int32) for name in _INTEGERS.split()]
     + [("number", np.float32), ("eps", np.float32)]
@@ -89,6 +90,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, then arguments
     "mk_step_destroy": (None, _pointer),
     "mk_step_run": (None, _pointer, _int, *(_pointer,) * 5),
     "mk_linear": (_int, _pointer, _text, _int, _pointer, _int, _int, _pointer, _int, _pointer),
+    "mk_expect": (_int, _text, _pointer, *(ctypes.c_int64,) * 2, _int, *(_pointer,) * 2),
     "mk_read": (ctypes.c_uint64, _pointer, _text, _pointer, ctypes.c_int64),
 }
 
@@ -201,3 +203,19 @@ def read_bandwidth(data: NDArray[Any], *, threads: int, isa: str = "") -> float:
         start = time.perf_counter()
         team.library.mk_read(team.handle, isa.encode(), data.ctypes.data, data.nbytes)
         return data.nbytes / (time.perf_counter() - start) / 1e9
+
+
+def expect(
+    logits: NDArray[np.float32], count: int
+) -> tuple[NDArray[np.float64], NDArray[np.int32]] | None:
+    """Of every row [T, V]: its log partition sum [T], NaN where the row is no distribution, and its
+    `count` largest values' ids [T, count], equal values by id. None without a library."""
+    found = library()
+    if found is None or not logits.flags.c_contiguous:
+        return None
+    rows, size = logits.shape
+    count = min(count, size)
+    log_sum, ids = np.empty(rows), np.empty((rows, count), np.int32)
+    address, out = logits.ctypes.data, (log_sum.ctypes.data, ids.ctypes.data)
+    failed = found.mk_expect(wanted_isa(), address, rows, size, count, *out)
+    return None if failed else (log_sum, ids)

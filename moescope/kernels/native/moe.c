@@ -1,8 +1,7 @@
 /* The router and its experts: logits, routing, hidden rows, and the weighted sum.
  *
- * Each distinct expert's weights are read once for all lanes that chose it. A chunk of the last
- * phase holds some rows of every chosen expert, so that a lane's sum is made in one place, in
- * ascending order of expert ids.
+ * Each distinct expert's weights are read once for all lanes that chose it, in long runs. Weighted
+ * outputs are kept apart and added up afterwards, in ascending order of expert ids.
  */
 #include "router.h"
 #include "step.h"
@@ -165,87 +164,89 @@ void mk_experts_chunk(void *step, int index, int thread) {
         s->isa->silu_times(scratch->y[i], scratch->other[i], rows, s->dtype);
 }
 
-int mk_combine_phase(mk_step *s, const mk_op *op) {
+/* Items are rows of `down` of each chosen expert, then those of the shared one. */
+int mk_down_phase(mk_step *s, const mk_op *op) {
     mk_plan *plan = &s->plan;
     for (int i = 0; i < plan->entries; i++) {
         char *to = s->entry_packed + (size_t)i * s->packed_stride;
         mk_pack_row(s, plan->inner[i], to, op->cols);
         plan->packed[i] = to;
     }
-    size_t bytes = (size_t)plan->experts * (size_t)op->cols * s->item;
-    if (op->shared_width > 0) {
-        mk_pack(s, 1, s->shared, s->shared_stride, op->shared_width);
-        bytes += (size_t)op->shared_width * s->item;
-        for (int n = 0; n < s->N && op->shared_gate != NULL; n++) {
-            float *gate = s->shared_gate + (size_t)n * MK_PAD;
-            *gate = mk_round(1.0f / (1.0f + mk_exp(-*gate)), s->dtype);
-        }
-    }
-    int per = mk_rows_per_chunk(s, op->rows, bytes > 0 ? bytes : 1);
-    int least = op->rows / (4 * s->threads) < 8 ? op->rows / (4 * s->threads) : 8;
-    s->per = per > least ? per : least > 0 ? least : 1; /* long enough runs of each expert */
-    return (op->rows + s->per - 1) / s->per;
+    s->per = mk_rows_per_chunk(s, op->rows, (size_t)op->cols * s->item);
+    s->blocks_each = (op->rows + s->per - 1) / s->per;
+    s->segment_count = 0;
+    if (op->shared_width > 0)
+        mk_add_segment(s, (mk_segment){
+            .weight = op->shared_down,
+            .rows = op->rows,
+            .cols = op->shared_width,
+            .x = mk_pack(s, 1, s->shared, s->shared_stride, op->shared_width),
+            .y = s->shared_part,
+            .stride = s->part_stride,
+            .round = s->dtype,
+        });
+    return plan->experts * s->blocks_each + mk_segments(s);
 }
 
-static void add_expert(mk_step *s, const mk_op *op, const mk_scratch *scratch, int which, int from,
-                       int rows) {
-    const mk_plan *plan = &s->plan;
-    int first = plan->first[which], entries = plan->first[which + 1] - first;
-    size_t row = (size_t)plan->expert[which] * (size_t)op->rows + (size_t)from;
-    for (int i = 0; i < entries; i++)
-        scratch->other[i] = scratch->second + (size_t)i * MK_MOST_ROWS;
-    s->isa->rows[s->dtype]((const char *)op->down + row * (size_t)op->cols * s->item,
-                           (size_t)op->cols, rows, op->cols, plan->packed + first, entries,
-                           scratch->other);
-    for (int i = 0; i < entries; i++) {
-        float *part = scratch->other[i], weight = plan->weight[first + i];
-        float *sum = scratch->first + (size_t)plan->lane[first + i] * MK_MOST_ROWS;
-        mk_round_row(part, rows, s->dtype);
-        for (int r = 0; r < rows; r++) part[r] *= weight;
-        mk_round_row(part, rows, s->dtype);
-        for (int r = 0; r < rows; r++) sum[r] += part[r];
-        mk_round_row(sum, rows, s->dtype);
-    }
-}
-
-static void add_shared(mk_step *s, const mk_op *op, const mk_scratch *scratch, int from, int rows) {
-    for (int n = 0; n < s->N; n++)
-        scratch->other[n] = scratch->second + (size_t)n * MK_MOST_ROWS;
-    size_t row_bytes = (size_t)op->shared_width * s->item;
-    s->isa->rows[s->dtype]((const char *)op->shared_down + (size_t)from * row_bytes,
-                           (size_t)op->shared_width, rows, op->shared_width, s->vectors[1], s->N,
-                           scratch->other);
-    for (int n = 0; n < s->N; n++) {
-        float *part = scratch->other[n], *sum = scratch->first + (size_t)n * MK_MOST_ROWS;
-        mk_round_row(part, rows, s->dtype);
-        if (op->shared_gate != NULL) {
-            float gate = s->shared_gate[(size_t)n * MK_PAD];
-            for (int r = 0; r < rows; r++) part[r] *= gate;
-            mk_round_row(part, rows, s->dtype);
-        }
-        for (int r = 0; r < rows; r++) sum[r] += part[r];
-        mk_round_row(sum, rows, s->dtype);
-    }
-}
-
-void mk_combine_chunk(void *step, int index, int thread) {
+void mk_down_chunk(void *step, int index, int thread) {
     mk_step *s = step;
     const mk_op *op = s->op;
     const mk_scratch *scratch = &s->scratch[thread];
-    int from = index * s->per, rows = op->rows - from < s->per ? op->rows - from : s->per;
-    for (int n = 0; n < s->N; n++)
-        memset(scratch->first + (size_t)n * MK_MOST_ROWS, 0, (size_t)rows * sizeof(float));
-    for (int which = 0; which < s->plan.experts; which++)
-        add_expert(s, op, scratch, which, from, rows);
-    for (int n = 0; n < s->N; n++) {
-        float scale = (float)policy_of(s, op, n, 0)[MK_COL_OUTPUT_SCALE];
-        float *sum = scratch->first + (size_t)n * MK_MOST_ROWS;
-        if (scale == 1.0f) continue;
-        for (int r = 0; r < rows; r++) sum[r] *= scale;
-        mk_round_row(sum, rows, s->dtype);
+    const mk_plan *plan = &s->plan;
+    int which = index / s->blocks_each, from = index % s->blocks_each * s->per;
+    if (which >= plan->experts) {
+        mk_segment_chunk(s, index - plan->experts * s->blocks_each, thread);
+        return;
     }
-    if (op->shared_width > 0) add_shared(s, op, scratch, from, rows);
-    for (int n = 0; n < s->N; n++)
-        memcpy(mk_row(s, op->y, n) + from, scratch->first + (size_t)n * MK_MOST_ROWS,
-               (size_t)rows * sizeof(float));
+    int rows = op->rows - from < s->per ? op->rows - from : s->per;
+    int first = plan->first[which], entries = plan->first[which + 1] - first;
+    for (int i = 0; i < entries; i++)
+        scratch->y[i] = s->parts + (size_t)(first + i) * s->part_stride + from;
+    size_t row = (size_t)plan->expert[which] * (size_t)op->rows + (size_t)from;
+    s->isa->rows[s->dtype]((const char *)op->weight + row * (size_t)op->cols * s->item,
+                           (size_t)op->cols, rows, op->cols, plan->packed + first, entries,
+                           scratch->y);
+    for (int i = 0; i < entries; i++) {
+        float *part = scratch->y[i], weight = plan->weight[first + i];
+        mk_round_row(part, rows, s->dtype);
+        for (int r = 0; r < rows; r++) part[r] *= weight;
+        mk_round_row(part, rows, s->dtype);
+    }
+}
+
+int mk_combine_phase(mk_step *s, const mk_op *op) {
+    s->blocks_each = (op->rows + MK_MOST_ROWS - 1) / MK_MOST_ROWS;
+    return s->N * s->blocks_each;
+}
+
+void mk_combine_chunk(void *step, int index, int thread) {
+    (void)thread;
+    mk_step *s = step;
+    const mk_op *op = s->op;
+    const mk_plan *plan = &s->plan;
+    int n = index / s->blocks_each, from = index % s->blocks_each * MK_MOST_ROWS;
+    int rows = op->rows - from < MK_MOST_ROWS ? op->rows - from : MK_MOST_ROWS;
+    float *y = mk_row(s, op->y, n) + from;
+    memset(y, 0, (size_t)rows * sizeof *y);
+    for (int i = 0; i < plan->entries; i++) {
+        if (plan->lane[i] != n) continue;
+        const float *part = s->parts + (size_t)i * s->part_stride + from;
+        for (int r = 0; r < rows; r++) y[r] += part[r];
+        mk_round_row(y, rows, s->dtype);
+    }
+    float scale = (float)policy_of(s, op, n, 0)[MK_COL_OUTPUT_SCALE];
+    if (scale != 1.0f) {
+        for (int r = 0; r < rows; r++) y[r] *= scale;
+        mk_round_row(y, rows, s->dtype);
+    }
+    if (op->shared_width == 0) return;
+    float *part = s->shared_part + (size_t)n * s->part_stride + from;
+    if (op->shared_gate != NULL) {
+        float gate = s->shared_gate[(size_t)n * MK_PAD];
+        gate = mk_round(1.0f / (1.0f + mk_exp(-gate)), s->dtype);
+        for (int r = 0; r < rows; r++) part[r] *= gate;
+        mk_round_row(part, rows, s->dtype);
+    }
+    for (int r = 0; r < rows; r++) y[r] += part[r];
+    mk_round_row(y, rows, s->dtype);
 }

@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define MK_ABI 1
+#define MK_ABI 2
 #if defined(_WIN32)
 #define MK_EXPORT __declspec(dllexport)
 #else
@@ -33,7 +33,8 @@ typedef enum {
     MK_OP_GATE,    /* router logits of x; with a shared expert, also its hidden row and its gate, of z */
     MK_OP_ROUTE,   /* logits to experts, for every lane and policy place */
     MK_OP_EXPERTS, /* hidden rows of the chosen experts, of x */
-    MK_OP_COMBINE, /* y = weighted sum of the experts' outputs, and the shared expert's */
+    MK_OP_DOWN,    /* outputs of the chosen experts, each times its weight, and of the shared one */
+    MK_OP_COMBINE, /* y = their sum */
     MK_OP_HEAD,    /* logits of x, into the caller's array */
 } mk_kind;
 
@@ -59,9 +60,8 @@ typedef struct {
     int32_t shared_width;    /* 0: no shared expert */
     float number, eps;       /* `number`: a limit, a multiplier, or attention's scale */
     const void *weight, *bias;
-    const void *down;                                        /* COMBINE */
-    const void *shared_up, *shared_down, *shared_gate;       /* GATE and COMBINE */
-    const void *const *gates;  /* GATE: [MK_GATES], some NULL */
+    const void *shared_up, *shared_down, *shared_gate; /* GATE, DOWN and COMBINE */
+    const void *const *gates; /* GATE: [MK_GATES], some NULL */
     void *cache;             /* [2, lanes, kv_heads, capacity, head_dim] */
     const void *cos, *sin;   /* [capacity, head_dim]; NULL: no rope */
 } mk_op;
@@ -109,5 +109,11 @@ MK_EXPORT void mk_step_run(mk_step *step, int32_t count, const int32_t *lanes,
 MK_EXPORT int32_t mk_linear(mk_pool *pool, const char *isa, int32_t dtype, const void *weight,
                             int32_t rows, int32_t cols, const float *x, int32_t count, float *y);
 MK_EXPORT uint64_t mk_read(mk_pool *pool, const char *isa, const void *from, int64_t bytes);
+
+/* logits [rows, n] -> log_sum [rows] (NaN where a row is no distribution: NaN or +inf in it, or
+ * nothing finite) and ids [rows, count] of the largest values, equal ones by id (untouched there);
+ * count <= n. 0: done, -1: the instruction set is not there. */
+MK_EXPORT int32_t mk_expect(const char *isa, const float *logits, int64_t rows, int64_t n,
+                            int32_t count, double *log_sum, int32_t *ids);
 
 #endif

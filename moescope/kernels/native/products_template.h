@@ -15,10 +15,6 @@
  * beside it: a lane gets the same bits in every batch.
  */
 
-#ifndef AHEAD
-#define AHEAD 512 /* bytes fetched before their use: hardware stops at the end of each page */
-#endif
-
 MK_INLINE TARGET void NAME(row)(const int N, const WEIGHT *w, int cols, const INPUT *const *x,
                                 float *const *y, int row) {
     ACC acc[MOST][2];
@@ -29,7 +25,6 @@ MK_INLINE TARGET void NAME(row)(const int N, const WEIGHT *w, int cols, const IN
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
             const WEIGHT *p = w + i + h * BLOCK;
-            __builtin_prefetch((const char *)p + AHEAD);
             W loaded = LOADW(p);
 #pragma GCC unroll 8
             for (int n = 0; n < N; n++)

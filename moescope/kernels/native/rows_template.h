@@ -39,10 +39,6 @@ static TARGET uint64_t NAME(read)(const void *from, size_t bytes) {
     const uint64_t *p = from;
     uint64_t sums[32] = {0};
     for (size_t i = 0; i + 32 <= bytes / 8; i += 32) {
-        __builtin_prefetch((const char *)(p + i) + AHEAD);
-        __builtin_prefetch((const char *)(p + i) + AHEAD + 64);
-        __builtin_prefetch((const char *)(p + i) + AHEAD + 128);
-        __builtin_prefetch((const char *)(p + i) + AHEAD + 192);
 #pragma GCC unroll 32
         for (int j = 0; j < 32; j++) sums[j] ^= p[i + j];
     }

@@ -36,6 +36,7 @@ static int next_phase(void *job, mk_chunk *chunk) {
         case MK_OP_GATE: chunks = mk_gate_phase(s, op), *chunk = mk_segment_chunk; break;
         case MK_OP_ROUTE: chunks = mk_route_phase(s, op), *chunk = mk_route_chunk; break;
         case MK_OP_EXPERTS: chunks = mk_experts_phase(s, op), *chunk = mk_experts_chunk; break;
+        case MK_OP_DOWN: chunks = mk_down_phase(s, op), *chunk = mk_down_chunk; break;
         case MK_OP_COMBINE: chunks = mk_combine_phase(s, op), *chunk = mk_combine_chunk; break;
         }
         if (chunks > 0) return chunks;
@@ -70,13 +71,13 @@ static void *take(arena *a, size_t items, size_t size) {
 }
 
 typedef struct {
-    size_t widest, heads, head_dim, inner, classes, shared;
+    size_t widest, heads, head_dim, inner, outer, classes, shared;
 } sizes;
 
 static size_t larger(size_t a, int b) { return b > 0 && (size_t)b > a ? (size_t)b : a; }
 
 static sizes sizes_of(const mk_op *ops, int count, const int32_t *widths, int buffers) {
-    sizes z = {1, 1, 1, 1, 1, 1};
+    sizes z = {1, 1, 1, 1, 1, 1, 1};
     for (int i = 0; i < buffers; i++) z.widest = larger(z.widest, widths[i]);
     for (int i = 0; i < count; i++) {
         const mk_op *op = &ops[i];
@@ -86,6 +87,7 @@ static sizes sizes_of(const mk_op *ops, int count, const int32_t *widths, int bu
         z.classes = larger(z.classes, op->classes);
         z.shared = larger(z.shared, op->shared_width);
         if (op->kind == MK_OP_EXPERTS) z.inner = larger(z.inner, op->rows);
+        if (op->kind == MK_OP_DOWN) z.outer = larger(z.outer, op->rows);
     }
     z.widest = larger(larger(z.widest, (int)z.inner), (int)z.shared);
     return z;
@@ -121,6 +123,7 @@ static void lay_out(mk_step *s, arena *a, const sizes *z, const int32_t *widths,
     size_t lanes = (size_t)s->lanes, entries = lanes * (size_t)s->width;
     s->packed_stride = mk_padded(z->widest) * sizeof(float);
     s->inner_stride = mk_padded(z->inner);
+    s->part_stride = mk_padded(z->outer);
     s->classes_stride = mk_padded(z->classes);
     s->shared_stride = mk_padded(z->shared);
     s->query_stride = mk_padded(z->head_dim) * sizeof(float);
@@ -145,6 +148,8 @@ static void lay_out(mk_step *s, arena *a, const sizes *z, const int32_t *widths,
     s->entry_x = take(a, entries, s->packed_stride);
     s->entry_packed = take(a, entries, s->packed_stride);
     s->inner = take(a, entries * s->inner_stride, sizeof(float));
+    s->parts = take(a, entries * s->part_stride, sizeof(float));
+    s->shared_part = take(a, lanes * s->part_stride, sizeof(float));
     s->gate_logits = take(a, MK_GATES * lanes * s->classes_stride, sizeof(float));
     s->shared = take(a, lanes * s->shared_stride, sizeof(float));
     s->shared_gate = take(a, lanes * MK_PAD, sizeof(float));

@@ -83,6 +83,8 @@ struct mk_step {
     char *entry_x, *entry_packed; /* [lanes * width] rows of packed_stride */
     float *inner;                 /* [lanes * width, inner_stride] */
     size_t inner_stride;
+    float *parts, *shared_part;   /* [lanes * width], [lanes] rows of outputs, weighted */
+    size_t part_stride;
     float *gate_logits;           /* [MK_GATES, lanes, classes_stride] */
     size_t classes_stride;
     float *shared;                /* [lanes, shared_stride] */
@@ -134,6 +136,8 @@ int mk_route_phase(mk_step *s, const mk_op *op);
 void mk_route_chunk(void *step, int index, int thread);
 int mk_experts_phase(mk_step *s, const mk_op *op);
 void mk_experts_chunk(void *step, int index, int thread);
+int mk_down_phase(mk_step *s, const mk_op *op);
+void mk_down_chunk(void *step, int index, int thread);
 int mk_combine_phase(mk_step *s, const mk_op *op);
 void mk_combine_chunk(void *step, int index, int thread);
 
