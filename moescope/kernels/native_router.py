@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.kernels.policy_rows import pack
+from moescope.kernels.policy_rows import WIDTH, pack
 from moescope.kernels.reference import _hashed_ids, _rows, check_spec
 from moescope.kernels.spec import RouterSpec, Routing
 
@@ -83,37 +84,49 @@ def route_rows(
 ) -> tuple[NDArray[Any], ...]:
     """Route logits [T, E] under rows of policies [R, WIDTH]: `row_of` [T, P] says which, -1: none.
 
-    Learned vectors are [1, E] or [T, E], hash ids [T, K]. Returns ids int32 and scores and weights
-    float32 [T, P, K_max], score sum, mass, entropy and margin float32 [T, P, 4], and runners-up
-    int32 [T, P]. `isa` is -1 for the widest instruction set this machine has, else a place among
-    the `instruction_sets()`. Rows whose policy does not fit come back invalid.
+    Learned vectors are [1, E] or [T, E], hash ids [T, K_max]. `isa` is -1 for the widest
+    instruction set this machine has, else a place among the `instruction_sets()`. Returns ids int32
+    and scores and weights float32 [T, P, K_max], score sum, mass, entropy and margin float32
+    [T, P, 4], and runners-up int32 [T, P]. Rows whose policy does not fit come back invalid;
+    ValueError for arrays of other shapes.
     """
-    T, E = logits.shape
-    P = row_of.shape[1]
-    if row_of.shape[0] != T:
-        raise ValueError(f"row_of: expected [{T}, P], found {list(row_of.shape)}")
+    (T, E), P = logits.shape, row_of.shape[-1]
     logits = np.ascontiguousarray(logits, dtype=np.float32)
-    policies = np.ascontiguousarray(policies, dtype=np.float64)
-    row_of = np.ascontiguousarray(row_of, dtype=np.int32)
+    policies = _fitting("policies", policies, np.float64, (len(policies),), WIDTH)
+    row_of = _fitting("row_of", row_of, np.int32, (T,), P)
     vectors = [
-        _vector(correction_bias, np.float32),
-        _vector(per_expert_scale, np.float32),
-        _vector(hash_ids, np.int32),
+        _vector("correction_bias", correction_bias, np.float32, T, E),
+        _vector("per_expert_scale", per_expert_scale, np.float32, T, E),
+        _vector("hash_ids", hash_ids, np.int32, T, K_max),
     ]
-    ids = np.empty((T, P, K_max), np.int32)
-    scores, weights = np.empty((2, T, P, K_max), np.float32)
-    scalars, runner_up = np.empty((T, P, _SCALARS), np.float32), np.empty((T, P), np.int32)
     library = _library()
     scratch = np.empty(library.mk_route_scratch(E), np.uint8)
+    results, (ids, runner_up, scores, weights, scalars) = _results(T * P, K_max)
+    first = results.ctypes.data
     library.mk_route_rows(
         isa,
         *(logits.ctypes.data, E, T, E),
         *(policies.ctypes.data, len(policies), row_of.ctypes.data, P),
-        *(part for array, stride in vectors for part in (_address(array), stride)),
+        *(part for vector in vectors for part in vector[:2]),
         K_max,
-        *(a.ctypes.data for a in (ids, scores, weights, scalars, runner_up, scratch)),
+        *(first + 4 * place for place in (ids.start, scores.start, weights.start)),
+        *(first + 4 * scalars.start, first + 4 * runner_up.start, scratch.ctypes.data),
     )
-    return ids, scores, weights, scalars, runner_up
+    floats = results.view(np.float32)
+    return (
+        results[ids].reshape(T, P, K_max),
+        floats[scores].reshape(T, P, K_max),
+        floats[weights].reshape(T, P, K_max),
+        floats[scalars].reshape(T, P, _SCALARS),
+        results[runner_up].reshape(T, P),
+    )
+
+
+def _results(rows: int, K_max: int) -> tuple[NDArray[np.int32], tuple[slice, ...]]:
+    """Room for all results, and where ids, runners-up, scores, weights and scalars stand in it: one
+    array, because to ask numpy for an address takes as long as to route a row."""
+    ends = list(accumulate((0, rows * K_max, rows, rows * K_max, rows * K_max, rows * _SCALARS)))
+    return np.empty(ends[-1], np.int32), tuple(map(slice, ends, ends[1:]))
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -121,16 +134,24 @@ def instruction_sets() -> tuple[str, ...]:
     return ("portable", "avx2", "avx512")[: _library().mk_route_isas()]
 
 
-def _vector(value: NDArray[Any] | None, dtype: Any) -> tuple[NDArray[Any] | None, int]:
-    """An array as C reads it, and the stride from one row of logits to the next."""
+def _vector(
+    name: str, value: NDArray[Any] | None, dtype: Any, T: int, width: int
+) -> tuple[int | None, int, NDArray[Any] | None]:
+    """Address, stride from one row of logits to the next, and the array, to be kept alive."""
     if value is None:
-        return None, 0
+        return None, 0, None
+    array = _fitting(name, value, dtype, (1, T), width)
+    return array.ctypes.data, array.shape[1] if len(array) > 1 else 0, array
+
+
+def _fitting(
+    name: str, value: NDArray[Any], dtype: Any, rows: tuple[int, ...], width: int
+) -> NDArray[Any]:
+    """`value` as C reads it. ValueError where C would read beyond its end."""
     array = np.ascontiguousarray(value, dtype=dtype)
-    return array, array.shape[1] if len(array) > 1 else 0
-
-
-def _address(array: NDArray[Any] | None) -> int | None:
-    return None if array is None else array.ctypes.data
+    if array.ndim != 2 or len(array) not in rows or array.shape[1] != width:
+        raise ValueError(f"{name}: expected [{rows[-1]}, {width}], found {list(array.shape)}")
+    return array
 
 
 @lru_cache(maxsize=1024)

@@ -23,6 +23,7 @@ from moescope.kernels import (
 )
 from moescope.kernels.native_router import route_native, route_rows
 from moescope.kernels.policy_rows import COLUMN, pack_rows
+from moescope.kernels.reference import round_to
 from moescope.kernels.spec import Routing
 from moescope.variants import CATALOGUE, applicable, apply
 from tests.kernels.native_build import router_library
@@ -62,9 +63,9 @@ def test_agrees_with_the_reference(case: Case) -> None:
         assert not compare(expected, found, case.spec, case.logits, correction_bias=case.bias)
 
 
+BIASED: dict[str, Any] = {"scoring_func": "sigmoid", "correction_bias": "score"}
 V3 = {
-    "scoring_func": "sigmoid",
-    "correction_bias": "score",
+    **BIASED,
     "n_group": 8,
     "topk_group": 4,
     "norm_topk_prob": True,
@@ -185,6 +186,74 @@ def test_a_row_is_poisoned_alone() -> None:
                 assert np.isfinite(getattr(after, name)[others]).all()
 
 
+# --- corners that random rows seldom find -------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_rounded_as_numpy_rounds(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(40, 64)) * 2.0 ** rng.integers(-30, 20, (40, 64))).astype(np.float32)
+    x[0, :6] = 65519.996, 65520, -65504, 2.0**-24, 2.0**-25, 6.1e-5
+    spec = spec_of(64, 64, weights_from="logits").with_wiring(combine_dtype=dtype)
+    with np.errstate(over="ignore"):
+        rounded = round_to(x, dtype)
+    for found in everywhere(x, spec):
+        wanted = np.take_along_axis(rounded, found.expert_ids, 1)
+        np.testing.assert_array_equal(found.weights, wanted)
+
+
+CORNERS: dict[str, tuple[RouterSpec, list[float], list[float] | None]] = {
+    "zeros of both signs tie": (
+        spec_of(4, 2, score_order="topk_then_score"),
+        [-0.0, 0.0, -1.0, 0.0],
+        None,
+    ),
+    "an excluded expert stays so in a masked group": (
+        spec_of(6, 3, n_group=2, topk_group=1, group_mask_fill="0", **BIASED),
+        [1.0, 2.0, -math.inf, 0.0, 1.0, 2.0],
+        [-5.0, -5.0, -5.0, -1.0, -1.0, -1.0],
+    ),
+    "a bias that bars too many": (spec_of(3, 2, **BIASED), [1.0, 2.0, 3.0], [-math.inf] * 3),
+    "a masked group leaves too few": (
+        spec_of(4, 2, n_group=2, topk_group=1, group_score="max"),
+        [5.0, -math.inf, 4.0, 3.0],
+        None,
+    ),
+    "a difference is rounded like the sum": (
+        spec_of(
+            4,
+            4,
+            weights_from="biased_minus_bias",
+            score_dtype="bfloat16",
+            correction_bias_dtype="bfloat16",
+            **BIASED,
+        ),
+        [-3.0, -2.0, 0.3, 0.1],
+        [0.0078, -0.0079, 0.101, -0.77],
+    ),
+    "nothing to normalise": (
+        spec_of(4, 2, scoring_func="sigmoid", norm_topk_prob=True, norm_eps_mode="uniform"),
+        [-1000.0] * 4,
+        None,
+    ),
+    "0 / 0": (spec_of(4, 2, scoring_func="sigmoid", norm_topk_prob=True), [-1000.0] * 4, None),
+    "sparsemixer at 0": (spec_of(4, 2, scoring_func="sparsemixer"), [0.0, -0.0, -1.0, 0.0], None),
+}
+
+
+@pytest.mark.parametrize("name", CORNERS)
+def test_corner(name: str) -> None:
+    spec, row, vector = CORNERS[name]
+    x = np.array([row, row[::-1]], np.float32)
+    bias = None if vector is None else np.array(vector, np.float32)
+    expected = route(x, spec, correction_bias=bias)
+    for found in everywhere(x, spec, correction_bias=bias):
+        for field in fields(Routing):
+            if field.name != "logits":
+                have, want = getattr(found, field.name), getattr(expected, field.name)
+                np.testing.assert_allclose(have, want, rtol=1e-6, err_msg=field.name)
+
+
 # --- rows of policies ---------------------------------------------------------------------------
 
 
@@ -196,7 +265,7 @@ def test_a_row_goes_under_the_policies_it_names(found: list[RouterSpec], seed: i
     x = rows_of("ties", T, E, rng)
     row_of = rng.integers(-1, len(found), (T, P)).astype(np.int32)
     bias, scale = (rng.uniform(0.5, 2, (n, E)).astype(np.float32) for n in (T, 1))
-    hashed = np.stack([rng.permutation(E) for _ in range(T)]).astype(np.int32)
+    hashed = np.stack([rng.permutation(E + 2) % E for _ in range(T)]).astype(np.int32)
     ids, scores, weights, scalars, runner_up = route_rows(
         x, pack_rows(found), row_of, K_max, bias, scale, hashed
     )
@@ -315,11 +384,25 @@ def test_what_does_not_fit_is_refused_by_name(
         route_native(logits, spec, **inputs)
 
 
-def test_unresolved_specs_and_misshapen_places_are_refused() -> None:
+def test_unresolved_specs_are_refused() -> None:
     with pytest.raises(ValueError, match="combine_dtype is 'model'"):
         route_native(np.zeros((1, 8)), RouterSpec(RouterPolicy(2), RouterWiring(8)))
-    with pytest.raises(ValueError, match="row_of"):
-        route_rows(np.zeros((2, 16), np.float32), pack_rows([GOOD]), np.zeros((1, 1), np.int32), 4)
+
+
+@pytest.mark.parametrize("name", ["row_of", "policies", "correction_bias", "hash_ids"])
+def test_arrays_that_c_would_read_beyond_are_refused(name: str) -> None:
+    good: dict[str, Any] = {
+        "logits": np.zeros((3, 16), np.float32),
+        "policies": pack_rows([GOOD]),
+        "row_of": np.zeros((3, 2), np.int32),
+        "K_max": 4,
+        "correction_bias": np.zeros((1, 16), np.float32),
+        "hash_ids": np.zeros((3, 4), np.int32),
+    }
+    assert route_rows(**good)[0].shape == (3, 2, 4)
+    short = good[name][:2] if name == "row_of" else good[name][:, :-1]
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        route_rows(**{**good, name: short})
 
 
 def test_without_the_library_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ TARGET static void NAME(sparsemixer)(const Policy *p, const Scratch *s, int n, c
         for (int i = 0; i < n; i++) {
             double z = s->z[i], size = fabs(z), gap = mk_to_dtype(top - z, p->score_dtype);
             double distance = mk_to_dtype(gap / (size > top ? size : top), p->score_dtype);
-            int dropped = distance > p->threshold || z == -INFINITY || z > top;
+            int dropped = distance > p->threshold || z == -INFINITY;
             s->exact[i] = dropped ? -INFINITY : z - top; /* NaN, 0 / 0, is kept */
         }
         if (k) s->exact[ids[0]] = -INFINITY; /* above `top`, or tied with it */
