@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moescope.engine.protocol import Sampling
 from moescope.errors import MoescopeError
+from moescope.kernels import native_ops
 from moescope.trace.frames import ALTERNATIVES
 
 BLOCK = 64  # values whose maximum stands for them in a first look: 20 times faster at V = 150,000
@@ -44,6 +45,7 @@ class Expectation:
 
     logits: NDArray[np.float32]  # [V]
     log_sum: float
+    best: NDArray[np.int32] | None = None  # the likeliest tokens in order, where they are known
 
     @staticmethod
     def of(logits: NDArray[np.float32]) -> Expectation | None:
@@ -64,11 +66,23 @@ class Expectation:
 
     def likeliest(self, count: int = ALTERNATIVES) -> tuple[tuple[int, float], ...]:
         """The `count` most likely tokens as (id, log probability), best first."""
-        ids = largest(self.logits, count)
+        known = self.best is not None and count <= len(self.best)
+        ids = self.best[:count] if known else largest(self.logits, count)  # type: ignore[index]
         return tuple((int(i), float(self.logits[i]) - self.log_sum) for i in ids)
 
     def logprobs(self) -> NDArray[np.float32]:
         return self.logits - np.float32(self.log_sum)
+
+
+def expectations(logits: NDArray[np.float32]) -> list[Expectation | None]:
+    """`Expectation.of` every row [T, V], in one call of the C library where there is one."""
+    found = native_ops.expect(logits, ALTERNATIVES)
+    if found is None:
+        return [Expectation.of(row) for row in logits]
+    return [
+        Expectation(row, log_sum, best) if math.isfinite(log_sum) else None
+        for row, log_sum, best in zip(logits, found[0].tolist(), found[1], strict=True)
+    ]
 
 
 def divergence(reference: Expectation, other: Expectation) -> float:

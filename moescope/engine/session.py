@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -264,10 +264,11 @@ class Session:
         """Turn one lane's row of the output into frames, and hand them to the recorder."""
         frames = []
         lane.drawn = None if output.drawn is None else int(output.drawn[row])
+        afters = sampling.expectations(output.logits[row])
         for column in range(width):
             position = lane.fed
             routed = not bool(np.isnan(output.score_sum[row, column]).any())
-            after = Expectation.of(output.logits[row, column]) if routed else None
+            after = afters[column] if routed else None
             if lane.index == 0 and after is not None:
                 first[position] = after
             frame = self._frame(lane, output, (row, column), after, first.get(position))
@@ -277,7 +278,7 @@ class Session:
                 self._stop_invalid(lane, output.score_sum[row, column])
                 break
         if lane.expected is not None:  # the row is a view of the whole chunk
-            lane.expected = Expectation(lane.expected.logits.copy(), lane.expected.log_sum)
+            lane.expected = replace(lane.expected, logits=lane.expected.logits.copy())
         self.newest[lane.index] = frames[-1]
         return frames
 

@@ -15,6 +15,7 @@ from moescope.engine.sampling import (
     check,
     choose,
     divergence,
+    expectations,
     largest,
     uniform,
 )
@@ -41,6 +42,34 @@ def test_greedy_takes_the_lower_id_of_equal_logits() -> None:
 def test_a_row_that_is_no_distribution_is_none(bad: float) -> None:
     assert Expectation.of(np.array([0.0, bad, 1.0], np.float32)) is None
     assert Expectation.of(np.full(4, -np.inf, np.float32)) is None
+
+
+TIES = st.sampled_from([-np.inf, np.nan, np.inf, -3.0, -1.0, 0.0, 0.5, 0.5, 2.0, 7.0])
+
+
+@given(
+    arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 200)), elements=TIES)
+    | arrays(np.float32, (2, 150), elements=st.floats(-80, 80, width=32))
+)
+def test_expectations_of_many_rows_are_those_of_each(rows: np.ndarray) -> None:
+    for row, found in zip(rows, expectations(rows), strict=True):
+        wanted = Expectation.of(row)
+        assert (found is None) == (wanted is None)
+        if found is not None and wanted is not None:
+            assert found.log_sum == pytest.approx(wanted.log_sum, abs=1e-5)
+            ids = [[i for i, _ in e.likeliest()] for e in (found, wanted)]
+            assert ids[0] == ids[1]
+            assert [i for i, _ in found.likeliest(12)] == [i for i, _ in wanted.likeliest(12)]
+
+
+def test_expectations_without_the_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).normal(size=(3, 5000)).astype(np.float32)
+    fast = expectations(rows)
+    monkeypatch.setenv("MOESCOPE_NATIVE", "0")
+    for a, b in zip(fast, expectations(rows), strict=True):
+        assert a is not None and b is not None and b.best is None
+        assert a.log_sum == pytest.approx(b.log_sum, abs=1e-5)
+        assert [i for i, _ in a.likeliest()] == [i for i, _ in b.likeliest()]
 
 
 @given(ROWS)
