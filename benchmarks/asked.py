@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,15 @@ from shapes import Shapes
 @dataclass(frozen=True, slots=True)
 class Asked:
     model: Path  # the folder with the weights
-    layers: int = 4
+    shapes: Shapes = field(default_factory=Shapes)
     threads: int = os.cpu_count() or 1
     prompt: int = 128  # tokens
     tokens: int = 64  # decoded per turn
     skip: int = 4  # first steps of a turn that are not counted
     rounds: int = 5
     retries: int = 2  # of a noisy turn
+    settle: float = 0.3  # seconds before a turn, for the threads of the one before it to sleep
     read_bytes: int = 1 << 30  # what the read bandwidth is measured on
-
-    @property
-    def shapes(self) -> Shapes:
-        return Shapes(layers=self.layers)
 
     def prompt_ids(self) -> list[int]:
         import numpy as np
@@ -35,20 +32,21 @@ class Asked:
     def figures(self) -> dict[str, Any]:
         """For results: everything but where the folder is."""
         return {
-            "model": f"OLMoE-1B-7B shapes, {self.layers} of 16 layers, bfloat16, random",
+            "model": f"OLMoE-1B-7B shapes, {self.shapes.layers} of 16 layers, bfloat16, random",
             **{name: value for name, value in asdict(self).items() if name != "model"},
         }
 
 
-def quick(model: Path, layers: int) -> Asked:
+def quick(model: Path) -> Asked:
     """A trial run of seconds: figures mean nothing, everything is gone through once."""
     return Asked(
         model,
-        layers,
+        Shapes(layers=1),
         prompt=16,
         tokens=10,
         skip=2,
         rounds=1,
         retries=0,
+        settle=0.1,
         read_bytes=1 << 27,
     )

@@ -38,7 +38,7 @@ def run(asked: Asked) -> Figures:
         parity = engines.parity()
         engines.warm()
         contestants = {"read bandwidth": partial(_read, reader), **engines.contestants}
-        turns = measure.rounds(contestants, asked.rounds, retries=asked.retries)
+        turns = measure.rounds(contestants, asked)
     return {
         "engines_loaded": engines.loaded,
         "missing": engines.missing,

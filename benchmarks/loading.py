@@ -7,6 +7,7 @@ files are in the system's cache. Cold: they were dropped from it, where the syst
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,10 +42,9 @@ def run(asked: Asked) -> Figures:
         except Unavailable as error:
             missing[name] = str(error)
             del contestants[name]
-    rounds = min(asked.rounds, 3)
-    turns = measure.rounds(contestants, rounds, retries=min(asked.retries, 1))
+    turns = measure.rounds(contestants, asked, min(asked.rounds, 3))
     cold = {COLD + name: partial(_cold, asked, contestants[name]) for name in (BASE, "moescope")}
-    turns += measure.rounds(cold, min(asked.rounds, 2), retries=0)
+    turns += measure.rounds(cold, replace(asked, retries=0), min(asked.rounds, 2))
     return {
         "missing": missing,
         "loaders": {

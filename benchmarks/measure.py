@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from asked import Asked
+
 QUIET = 0.10  # foreign cores a turn may have had beside it
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 SLACK = 2  # ticks: what the two counts may differ by
@@ -91,34 +93,30 @@ class Meter:
 
 
 def rounds(
-    contestants: Mapping[str, Callable[[], Figures]],
-    count: int,
-    *,
-    retries: int = 2,
-    settle: float = 0.3,
-    quiet: float = QUIET,
+    contestants: Mapping[str, Callable[[], Figures]], asked: Asked, count: int | None = None
 ) -> list[Figures]:
     """`count` turns of every contestant, taken in rounds; each with its meter and `noisy`."""
     names = list(contestants)
+    count = asked.rounds if count is None else count
     turns: list[Figures] = []
     for number in range(count):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            turn = _turn(contestants[name], retries, settle, quiet)
+            turn = _turn(contestants[name], asked)
             turns.append({"name": name, "round": number, **turn})
             say(f"  round {number + 1} of {count}  {name:<34} {_mark(turn)}")
     return turns
 
 
-def _turn(contestant: Callable[[], Figures], retries: int, settle: float, quiet: float) -> Figures:
+def _turn(contestant: Callable[[], Figures], asked: Asked) -> Figures:
     """The quietest of up to 1 + `retries` tries; stops at the first that was quiet."""
     best: Figures | None = None
-    for _ in range(1 + retries):
-        time.sleep(settle)  # threads of the contestant before this one go to sleep
+    for _ in range(1 + asked.retries):
+        time.sleep(asked.settle)
         with Meter() as meter:
             figures = contestant()
         noise = meter.foreign + meter.stolen
-        turn = {**figures, **meter.figures(), "noisy": noise > quiet}
+        turn = {**figures, **meter.figures(), "noisy": noise > QUIET}
         if best is None or noise < best["foreign_cores"] + best["stolen_cores"]:
             best = turn
         if not turn["noisy"]:

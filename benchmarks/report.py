@@ -142,11 +142,13 @@ def _engines(found: dict[str, Figures]) -> Iterator[list[str]]:
         yield [
             f"{name} (alone)",
             f"{ours['tokens_per_s']['median'] / row['tokens_per_s']['median']:.1f}" if fast else "",
-            f"{ours['first_s']['median'] / row['first_s']['median']:.3f}" if fast else "",
+            f"{ours['first_s']['median'] / row['first_s']['median']:.3f}"
+            if fast and "first_s" in row
+            else "",
             f"{row['gb_s']['median'] / slow['read_gb_s']:.2f}",
             _number(row["tokens_per_s"], 1),
             _number(row["gb_s"], 1),
-            _number(row["first_s"], 3),
+            _number(row["first_s"], 3) if "first_s" in row else "",
         ]
     yield ["read bandwidth", "", "", "1", "", _number(step["read_gb_s"]["gb_s"], 1), ""]
 
@@ -204,6 +206,21 @@ def _start(found: dict[str, Figures]) -> Iterator[list[str]]:
         yield [name, _number(row["start_s"], 3)]
 
 
+def _screens(found: dict[str, Figures]) -> Iterator[list[str]]:
+    for label in ("one thread", "a thread per core"):
+        row = found.get("screen_cost", {}).get(label)
+        if row:
+            yield [f"share of tokens it costs, {label}", f"{row['cost_median']}", "≤ 0.10"]
+    rows = (("screen_map", "cell", "a frame of the map, ms"), ("screen_redraw", "", "a key, ms"))
+    for name, part, label in rows:
+        step = found.get(name, {})
+        if step:
+            row = step[part]["load"] if part else step
+            yield [label, f"{row['median_ms']}", f"≤ {step['target_ms']:g}"]
+    if "screen_start" in found:
+        yield ["first frame, s", f"{found['screen_start']['seconds_median']}", ""]
+
+
 def _missing(found: dict[str, Figures]) -> Iterator[list[str]]:
     for step in found.values():
         for name, why in step.get("missing", {}).items():
@@ -241,6 +258,7 @@ TABLES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Figures]], Iterator[lis
     ),
     (("loading", "time over reading", "GB/s", "s"), _loading),
     (("start-up", "s"), _start),
+    (("the screen", "median", "wanted"), _screens),
     (("missing", "why"), _missing),
 )
 

@@ -31,8 +31,7 @@ def run(asked: Asked) -> Figures:
             seconds = SECONDS if asked.rounds > 1 else SECONDS / 20
             turns = measure.rounds(
                 {name: lambda seconds=seconds: child.ask("time", seconds=seconds)},
-                asked.rounds,
-                retries=asked.retries,
+                asked,
             )
             found[name] = compared(turns, name, said)
     missing = {way: why for case in found.values() for way, why in case.pop("missing").items()}

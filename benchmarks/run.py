@@ -9,12 +9,15 @@ elsewhere.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +30,14 @@ import machine
 import measure
 import report
 import router
+import screens
 import slow
 import start
 import tracing
 import watching
 import weights
 from asked import Asked, quick
-from child import Unavailable
+from shapes import Shapes
 
 Figures = dict[str, Any]
 STEPS: dict[str, Callable[[Asked], Figures]] = {
@@ -43,10 +47,12 @@ STEPS: dict[str, Callable[[Asked], Figures]] = {
     "lanes": lanes.run,
     "tracing": tracing.run,
     "watching": watching.run,
+    "screens": screens.run,
     "loading": loading.run,
     "slow": slow.run,  # last: it needs memory that others leave in the system's cache
 }
-NO_MODEL = {"start", "router"}
+NO_MODEL = {"start", "router", "screens"}
+NOT_QUICK = {"screens"}  # they write among the real results
 
 
 def main() -> int:
@@ -64,8 +70,8 @@ def main() -> int:
         try:
             with measure.Meter() as meter:
                 figures = STEPS[name](asked)
-        except (Unavailable, OSError, TimeoutError) as error:
-            measure.say(f"  {name} failed: {error}")
+        except Exception as error:  # the other steps still have something to say
+            measure.say(f"  {name} failed: {type(error).__name__}: {error}")
             failed.append(name)
             continue
         _write(results, name, asked, {**figures, "step": meter.figures()})
@@ -84,34 +90,29 @@ def _arguments() -> tuple[Asked, argparse.Namespace]:
     parser.add_argument("--retries", type=int, help="of a noisy turn")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--resume", action="store_true", help="leave out steps with results")
-    parser.add_argument("--steps", type=lambda text: text.split(","), default=list(STEPS))
+    parser.add_argument(
+        "--steps", type=lambda text: text.split(","), help="some of: " + ",".join(STEPS)
+    )
     parser.add_argument("--results", type=Path, help="a folder for the JSON files")
     options = parser.parse_args()
+    if options.steps is None:
+        options.steps = [n for n in STEPS if not (options.quick and n in NOT_QUICK)]
     if unknown := set(options.steps) - set(STEPS):
         parser.error(f"--steps: expected some of {', '.join(STEPS)}, found {', '.join(unknown)}")
     if options.results is None:
         temporary = Path(tempfile.gettempdir()) / "moescope-bench-quick"
         options.results = temporary if options.quick else machine.RESULTS
     folder = options.folder or Path(_temporary())
-    asked = (
-        quick(folder, options.layers or 1) if options.quick else Asked(folder, options.layers or 4)
-    )
+    asked = quick(folder) if options.quick else Asked(folder)
+    if options.layers is not None:
+        asked = replace(asked, shapes=Shapes(layers=options.layers))
     for name in ("rounds", "tokens", "threads", "retries"):
         if (value := getattr(options, name)) is not None:
-            asked = _with(asked, name, value)
+            asked = replace(asked, **{name: value})
     return asked, options
 
 
-def _with(asked: Asked, name: str, value: int) -> Asked:
-    from dataclasses import replace
-
-    return replace(asked, **{name: value})  # type: ignore[arg-type]
-
-
 def _temporary() -> str:
-    import atexit
-    import shutil
-
     folder = tempfile.mkdtemp(prefix="moescope-bench-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

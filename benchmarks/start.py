@@ -49,7 +49,7 @@ def run(asked: Asked) -> Figures:
         except (Unavailable, TimeoutError, OSError) as error:
             missing[name] = str(error)
             del contestants[name]
-    turns = measure.rounds(contestants, asked.rounds, retries=asked.retries)
+    turns = measure.rounds(contestants, asked)
     return {
         "missing": missing,
         "starts": {name: measure.medians(turns, name, ("start_s",)) for name in contestants},

@@ -32,7 +32,7 @@ def run(asked: Asked) -> Figures:
         except Unavailable as error:
             missing[SHADOWS] = str(error)
         contestants["off"]()
-        turns = measure.rounds(contestants, 2 * asked.rounds, retries=asked.retries)
+        turns = measure.rounds(contestants, asked, 2 * asked.rounds)
     found: Figures = {
         "kernels": loaded["kernels"],
         "missing": missing,

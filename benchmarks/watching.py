@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ def run(asked: Asked) -> Figures:
     """Ratios of token rates, screen drawing over screen stopped, in pairs of windows."""
     few = asked.rounds == 1
     windows, seconds = (2, 1.0) if few else (8, 3.0)
-    with tempfile.TemporaryDirectory() as name, measure.Meter() as meter:
+    limit = int(60 + 4 * windows * seconds)
+    with tempfile.TemporaryDirectory() as name, measure.Meter() as meter, _within(limit):
         trace = Path(name) / "watched.moetrace"
         ratios = screen_cost.measure(asked.model, trace, asked.threads, windows, seconds)
     return {
@@ -29,3 +33,19 @@ def run(asked: Asked) -> Figures:
         "met": statistics.median(ratios) >= TARGET,
         **meter.figures(),
     }
+
+
+@contextmanager
+def _within(seconds: int) -> Iterator[None]:
+    """TimeoutError after `seconds`: an engine that died draws no frame that could be waited for."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"no end after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
