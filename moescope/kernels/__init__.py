@@ -33,7 +33,7 @@ _HOMES = {
     "compare": "agreement",
     "gate_logits": "reference",
 }
-_BACKENDS = {"reference": "reference", "torch": "torch_ops"}
+_BACKENDS = {"reference": "reference", "torch": "torch_ops", "native": "native_router"}
 
 
 def route(
