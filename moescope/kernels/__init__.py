@@ -1,7 +1,8 @@
 """Router kernels: arrays in, arrays out; no files, no models, no sibling of this package.
 
-`route` picks the implementation: `reference` (numpy, the definition) or `torch`. Names are resolved
-on first use, so importing this package costs neither numpy nor torch.
+`route` picks the implementation: `reference` (numpy, the definition), `torch`, `native` (C, where it
+was built) or `triton` (CUDA). Names are resolved on first use, so importing this package costs
+neither numpy nor torch.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def route(
 
     Where the spec says `model`, the dtype is that of the logits (float32 for numpy's float64).
     `correction_bias` and `per_expert_scale` are [E], or [T, E] where rows are of several routers.
-    Numpy in, numpy out; with backend `torch`, tensors in and out, on their device. ValueError is
-    raised for shapes that do not fit the spec, a missing input, E over 4096, and K over 64.
+    Numpy in, numpy out, also with `native`; with `torch` and `triton`, tensors in and out, on their
+    device. ValueError is raised for shapes that do not fit the spec, a missing input, E over 4096,
+    and K over 64; RuntimeError where `native` was not built.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(_BACKENDS)}")
