@@ -12,17 +12,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.engine.decoder import MLP, RESIDUAL, Attention, Branch, MoE, Norm
-from moescope.engine.graph_slots import PICKS, SUMS, Buffers
+from moescope.engine.graph_slots import GATE, PICKS, SUMS, Buffers, picks
 from moescope.engine.interpreter import Router
 from moescope.engine.steps import Policies, Shared
-from moescope.engine.torch_operators import DTYPES
+from moescope.engine.torch_operators import DTYPES, rounded_gate
 from moescope.kernels.spec import Routing
-from moescope.kernels.triton_ops import attention, experts, gemv, norms, router, sampling
+from moescope.kernels.triton_ops import attention, experts, gemv, norms, router, sampling, tiles
 
 LANES = gemv.LANES
 PROCESSORS = 4  # given work on a CPU, where kernels are interpreted
@@ -37,6 +38,7 @@ class Pass:
     slot: Mapping[str, Tensor]
     attention: attention.Scratch
     sampling: sampling.Scratch
+    pdl: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,13 @@ class Before:
         if self.norm is None:
             return {}
         return {"norm": self.weight, "eps": self.norm.eps, "applies": self.norm.applies}
+
+    def alone(self, x: Tensor) -> Tensor:
+        if self.norm is None or self.weight is None:
+            return x
+        out = torch.empty_like(x)
+        norms.rms_norm(x, self.weight, self.norm.eps, self.norm.applies, out=out)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +112,7 @@ class FusedAttention:
         self, read: Tensor, held: Tensor | None, before: Before, after: After, step: Pass
     ) -> Tensor:
         shared, inputs = step.buffers.shared, step.buffers.inputs.device
-        qkv = gemv.linear_small(read, self.qkv, self.qkv_bias, **before.riding())
+        qkv = gemv.linear_small(read, self.qkv, self.qkv_bias, **before.riding(), pdl=step.pdl)
         mixed = attention.attend(
             qkv,
             shared.caches[self.number],
@@ -114,8 +123,9 @@ class FusedAttention:
             weights=self.norms,
             rotation=shared.rotations.get(self.number),
             out=qkv.new_empty(len(qkv), self.shape.heads * self.shape.head_dim),
+            pdl=step.pdl,
         )
-        y = gemv.linear_small(mixed, self.out, self.out_bias, **after.riding(held))
+        y = gemv.linear_small(mixed, self.out, self.out_bias, **after.riding(held), pdl=step.pdl)
         return after.rest(y, held)
 
 
@@ -130,7 +140,7 @@ class FusedMLP:
     def __call__(
         self, read: Tensor, held: Tensor | None, before: Before, after: After, step: Pass
     ) -> Tensor:
-        y = self.block(read, **before.riding(), **after.riding(held))
+        y = self.block(read, **before.riding(), **after.riding(held), pdl=step.pdl)
         return after.rest(y, held)
 
     def block(self, read: Tensor, **options: Any) -> Tensor:
@@ -147,6 +157,8 @@ class FusedMoE:
     ) -> None:
         self.number, self.router, self.wiring = number, spec_of.spec, spec_of.spec.wiring
         self.gate = weights[f"{path}.gate.weight"]
+        self.dtype = DTYPES[self.wiring.router_dtype]
+        self.gates = self.gate.to(self.dtype)[None]  # [G, E, H], as stored and rounded
         self.gate_up = weights[f"{path}.experts.gate_up"]
         self.down = weights[f"{path}.experts.down"]
         self.shared: FusedMLP | None = None
@@ -173,8 +185,9 @@ class FusedMoE:
             **self.options,
             **before.riding(),
             output_scale=step.buffers.output_scales[self.number],
-            shared=self._shared(read, before),
+            shared=self._shared(read, before, step),
             **after.riding(held),
+            pdl=step.pdl,
         )
         return after.rest(y, held)
 
@@ -187,20 +200,41 @@ class FusedMoE:
             kept = kept[self.number, : N * E].view(N, E)
         return Routing(**arrays, logits=kept)
 
+    def hold_gate(self, bits: int) -> None:
+        rounded = rounded_gate(self.gate, bits).to(self.dtype)
+        self.gates = torch.cat((self.gates, rounded[None]))
+
     def _route(self, read: Tensor, before: Before, step: Pass, into: Routing) -> None:
         seen = Before(None, None) if self.wiring.router_input == "residual" else before
-        logits = gemv.linear_small(read, self.gate, **seen.riding())
-        buffers = step.buffers
-        router.route_rows(logits, buffers.rows, buffers.row_of[self.number], buffers.K, out=into)
+        options = seen.riding()
+        if self.dtype is not read.dtype:
+            read, options = seen.alone(read).to(self.dtype), {}
+        logits = gemv.linear_small(read, self.gates.flatten(0, 1), **options, pdl=step.pdl)
+        rows, row_of = step.buffers.rows, step.buffers.row_of[self.number]
+        if len(self.gates) == 1:
+            router.route_rows(logits, rows, row_of, step.buffers.K, out=into)
+        else:
+            self._route_places(logits.view(-1, self.router.E), rows, row_of, into)
 
-    def _shared(self, read: Tensor, before: Before) -> Tensor | None:
+    def _route_places(self, logits: Tensor, rows: Tensor, row_of: Tensor, into: Routing) -> None:
+        """Logits [N × G, E], of every gate: each place of a lane has those of its own."""
+        (N, P), G = row_of.shape, len(self.gates)
+        flat = row_of.reshape(N * P, 1)
+        lanes = torch.arange(N, device=logits.device).repeat_interleave(P)
+        own = logits[lanes * G + rows[flat[:, 0].long(), GATE].long()]
+        arrays = {n: getattr(into, n).flatten(0, 1)[:, None] for n in (*PICKS, *SUMS, "runner_up")}
+        router.route_rows(own, rows, flat, into.expert_ids.shape[-1], out=Routing(**arrays))
+        if into.logits is not None:
+            into.logits.copy_(own.view(N, P, -1)[:, 0])
+
+    def _shared(self, read: Tensor, before: Before, step: Pass) -> Tensor | None:
         if self.shared is None:
             return None
         opened: dict[str, Any] = {}
         if self.shared_gate is not None:
-            gate = gemv.linear_small(read, self.shared_gate, **before.riding())
+            gate = gemv.linear_small(read, self.shared_gate, **before.riding(), pdl=step.pdl)
             opened = {"output_scale": torch.sigmoid(gate).float().view(-1)}
-        return self.shared.block(read, **before.riding(), **opened)
+        return self.shared.block(read, **before.riding(), **opened, pdl=step.pdl)
 
 
 def attention_shape(spec: Attention) -> attention.Shape:
@@ -223,8 +257,8 @@ def attention_shape(spec: Attention) -> attention.Shape:
 class Layers:
     """All layers of a decoder, from token ids to logits and what is drawn from them."""
 
-    def __init__(self, shared: Shared) -> None:
-        self.shared, weights = shared, shared.weights
+    def __init__(self, shared: Shared, *, pdl: bool = False) -> None:
+        self.shared, self.pdl, weights = shared, pdl, shared.weights
         self.embed = weights["embed.weight"]
         self.head = weights["embed.weight" if shared.spec.tied_head else "head.weight"]
         final = shared.spec.final_norm
@@ -233,6 +267,7 @@ class Layers:
         every = [run for layer in self.layers for _, run, _, _ in layer]
         self.moes = [run for run in every if isinstance(run, FusedMoE)]
         self.shapes = [run.shape for run in every if isinstance(run, FusedAttention)]
+        self.gates = {0: 0}  # bits a gate is rounded to -> which of a router's gates it is
         self._scratch: dict[int, tuple[attention.Scratch, sampling.Scratch]] = {}
 
     def scratch(self, lanes: int) -> tuple[attention.Scratch, sampling.Scratch]:
@@ -245,16 +280,32 @@ class Layers:
             )
         return self._scratch[lanes]
 
-    def gates_for(self, policies: Policies) -> dict[int, int]:
-        return {0: 0}
+    def hold_gates(self, policies: Policies) -> bool:
+        """Have the gates that policies ask for; whether they had to be made, and moved."""
+        missing = {int(bits) for bits in np.unique(policies.rows[..., GATE])} - set(self.gates)
+        for bits in sorted(missing):
+            self.gates[bits] = len(self.gates)
+            for moe in self.moes:
+                moe.hold_gate(bits)
+        return bool(missing)
 
     def kernels(self) -> dict[str, str]:
-        return {"attention": "triton"}
+        """Operator -> kernel and its configuration."""
+        spec = self.shared.spec
+        width = max((moe.down.shape[-1] for moe in self.moes), default=spec.hidden)
+        splits = self.scratch(1)[0].splits if self.shapes else 0
+        beginning = "programmatic launches" if self.pdl else "plain launches"
+        return {
+            **tiles.configuration(spec.hidden, width, spec.vocab_size),
+            "attention": f"triton: {splits} splits, tiles of {attention.BLOCK} keys",
+            "router": "triton: one row a program",
+            "step": f"one CUDA graph, {beginning}",
+        }
 
     def run(self, buffers: Buffers, slot: Mapping[str, Tensor], drawing: str) -> None:
         """One token of each lane: from the inputs of `buffers` into `slot` and the inputs of the
         token after it."""
-        step = Pass(buffers, slot, *self.scratch(buffers.lanes))
+        step = Pass(buffers, slot, *self.scratch(buffers.lanes), self.pdl)
         inputs = buffers.inputs.device
         x = F.embedding(inputs["token_ids"], self.embed)
         for layer in self.layers:
@@ -264,7 +315,7 @@ class Layers:
                 taps[branch.adds_to] = run(taps[branch.reads], held, before, after, step)
             x = taps[RESIDUAL]
         logits, drawn = slot["logits"], slot["drawn"]
-        gemv.linear_small(x, self.head, out=logits, **self.final.riding())
+        gemv.linear_small(x, self.head, out=logits, **self.final.riding(), pdl=self.pdl)
         sampling.greedy(
             logits,
             step.sampling,
@@ -335,6 +386,10 @@ def why_not(shared: Shared) -> str:
         operator = branch.operator
         if not isinstance(operator, Attention | MLP | MoE):
             return f"{type(operator).__name__}: no fused form"
-    if any(tensor.shape[-1] > gemv.WIDEST for tensor in shared.weights.values()):
-        return f"rows of more than {gemv.WIDEST} values: no fused form"
-    return ""
+    if not any(isinstance(branch.operator, Attention) for _, branch in shared.spec.operators()):
+        return "no attention: no fused form"
+    if any(tensor.shape[-1] > tiles.WIDEST for tensor in shared.weights.values()):
+        return f"rows of more than {tiles.WIDEST} values: no fused form"
+    if not shared.routers:
+        return "no router: no fused form"
+    return next(filter(None, (router.covers(r.spec.E, picks(shared)) for r in shared.routers)), "")

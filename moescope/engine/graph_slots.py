@@ -86,6 +86,11 @@ class Block:
             torch.cuda.current_stream().wait_event(self._copied)
 
 
+def picks(shared: Shared) -> int:
+    """K of the buffers: of the router that can be asked for most."""
+    return max(max(r.spec.K, min(r.spec.E, K_LIMIT)) for r in shared.routers)
+
+
 class Buffers:
     """Inputs and slots of steps with N lanes and S shadow variants, with or without the routers'
     logits in the slots. `row_of` [L, N, P] says which of `rows` [N × P × L, WIDTH] each router
@@ -94,7 +99,7 @@ class Buffers:
     def __init__(self, shared: Shared, lanes: int, shadows: int, logits: bool) -> None:
         self.shared, self.lanes, self.places, self.logits = shared, lanes, 1 + shadows, logits
         L, N, P, device = len(shared.routers), lanes, self.places, shared.device
-        self.K = max(max(r.spec.K, min(r.spec.E, K_LIMIT)) for r in shared.routers)
+        self.K = picks(shared)
         self.widest = max(router.spec.E for router in shared.routers)
         integers = {"token_ids": torch.int64, "positions": torch.int32, "lanes": torch.int32}
         self.inputs = Block({name: ((N,), kind) for name, kind in integers.items()}, device)

@@ -50,12 +50,17 @@ class Launched:
 
 
 class GraphStep:
-    """See `steps.Step`. `graph` False launches the same kernels one by one. `captures` counts
-    what was captured, `launches` the steps that ran, wanted or not."""
+    """See `steps.Step`. `graph` False launches the same kernels one by one; `pdl` lets a kernel
+    begin to read weights while the one before it runs (CUDA devices of compute capability 9.0 and
+    above). `captures` counts what was captured, `launches` the steps that ran, wanted or not."""
 
-    def __init__(self, shared: Shared, *, graph: bool = True, run_ahead: bool = True) -> None:
+    draws = True
+
+    def __init__(
+        self, shared: Shared, *, graph: bool = True, run_ahead: bool = True, pdl: bool = False
+    ) -> None:
         self.shared, self.graph, self.run_ahead = shared, graph, run_ahead
-        self.layers = Layers(shared)
+        self.layers = Layers(shared, pdl=pdl)
         self.kernels = self.layers.kernels()
         self.captures = self.launches = 0
         self._buffers: dict[tuple[int, int, bool], Buffers] = {}
@@ -74,11 +79,15 @@ class GraphStep:
 
     def opened(self) -> None:
         """Caches moved: everything captured is void."""
+        self._forget_graphs()
+        self._ahead = None
+        self._buffers.clear()
+
+    def _forget_graphs(self) -> None:
+        """Once none of them runs."""
         if self.shared.device != "cpu":
             torch.cuda.synchronize(self.shared.device)
-        self._ahead = None
         self._graphs.clear()
-        self._buffers.clear()
 
     @torch.inference_mode()
     def __call__(
@@ -173,14 +182,16 @@ class GraphStep:
         shadows = len(self.shared.policies.shadows)
         kind = Kind(len(lanes), shadows, record == "logits", _drawing(draws))
         buffers = self._of(kind)
-        gates = self.layers.gates_for(self.shared.policies)
-        buffers.write_policies(lanes, gates)
+        if self.layers.hold_gates(self.shared.policies):
+            self._forget_graphs()
+        buffers.write_policies(lanes, self.layers.gates)
         if draws is not None and kind.drawing != "greedy":
             buffers.write_sampling(draws)
         inputs = {"token_ids": token_ids, "positions": starts, "lanes": lanes}
         if self.graph and kind not in self._graphs:
             buffers.inputs.send(inputs)
             self._graphs[kind] = self._capture(kind)
+            self.captures += 1
         buffers.inputs.send(inputs)
         return self._launch(Launched(kind, 0, lanes, starts, draws, self._state()))
 
@@ -225,7 +236,6 @@ class GraphStep:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._forward(kind, slot)
             graphs.append(graph)
-        self.captures += 1
         return graphs
 
 

@@ -285,14 +285,11 @@ class TorchMoE:
         return route_torch(linear(seen.to(dtype), gate), spec, keep_logits=call.keep_logits)
 
     def _gate(self, bits: int) -> Tensor:
-        """The gate's weight, or a copy rounded to `bits`, symmetric about 0 in each row."""
+        """The gate's weight, or a copy rounded to `bits`."""
         if bits == 0:
             return self.gate
         if bits not in self.rounded_gates:
-            wide = self.gate.double()
-            step = wide.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-            rounded = torch.where(step > 0, torch.round(wide / step) * step, 0.0)
-            self.rounded_gates[bits] = rounded.to(self.gate.dtype)
+            self.rounded_gates[bits] = rounded_gate(self.gate, bits)
         return self.rounded_gates[bits]
 
     def _route_groups(self, seen: Tensor, groups: Groups, call: Call) -> Routing:
@@ -310,6 +307,13 @@ class TorchMoE:
             if call.keep_logits:
                 whole.logits[rows] = part.logits
         return whole
+
+
+def rounded_gate(gate: Tensor, bits: int) -> Tensor:
+    """A gate's weight [E, H] rounded to `bits`, symmetric about 0 in each row."""
+    wide = gate.double()
+    step = wide.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return torch.where(step > 0, torch.round(wide / step) * step, 0.0).to(gate.dtype)
 
 
 class TorchExperts:

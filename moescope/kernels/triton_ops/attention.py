@@ -15,6 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from moescope.kernels.triton_ops.gemv import launch
 
 BLOCK = 64  # keys in a tile
 MAX_SPLITS = 32
@@ -115,7 +118,11 @@ def _attend(
     ROPE: tl.constexpr,
     ROPE_WIDE: tl.constexpr,
     DOT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     dtype: tl.constexpr = qkv.dtype.element_ty
     group, split = tl.program_id(0), tl.program_id(1)
     n, head = group // KV, group % KV
@@ -291,12 +298,14 @@ def attend(
     weights: tuple[Tensor, Tensor] | None = None,
     rotation: tuple[Tensor, Tensor] | None = None,
     out: Tensor,
+    pdl: bool = False,
 ) -> Tensor:
     """Feed one token to N lanes: writes their rows of `cache` and returns `out` [N, heads × D].
 
     qkv [N, (heads + 2 kv heads) × D] and cache [2, lanes, kv heads, capacity, D] in the model's
     dtype; lanes and positions [N] int32 on the device; `weights` of the q and the k norm;
-    `rotation` cos and signed sin [capacity, D] in the dtype they are applied in.
+    `rotation` cos and signed sin [capacity, D] in the dtype they are applied in; `pdl` as in
+    `gemv`.
     """
     G, D = shape.heads // shape.kv_heads, shape.head_dim
     flat = shape.norm == "flat"
@@ -339,7 +348,9 @@ def attend(
         ROPE=rotation is not None,
         ROPE_WIDE=cos.dtype is torch.float32,
         DOT=dot,
+        PDL=pdl,
         num_warps=4,
+        **launch(pdl),
     )
     return out
 
@@ -349,7 +360,15 @@ def _case(dtype: str, **constexprs: object) -> tuple[object, ...]:
     types |= {"out": f"*{dtype}", "lanes": "*i32", "positions": "*i32", "counts": "*i32"}
     types |= {"parts": "*fp32", "stats": "*fp32", "cache_lanes": "i32", "capacity": "i32:16"}
     types |= {name: "fp32" for name in ("scale", "clip", "q_eps", "k_eps")}
-    plain = {"Q_PAD": 1, "K_PAD": 1, "WINDOW": 0, "BLOCK": BLOCK, "FLAT": False, "NORM": False}
+    plain = {
+        "PDL": False,
+        "Q_PAD": 1,
+        "K_PAD": 1,
+        "WINDOW": 0,
+        "BLOCK": BLOCK,
+        "FLAT": False,
+        "NORM": False,
+    }
     plain |= {"NORM_WIDE": False, "CLIP": False, "ROPE": True, "ROPE_WIDE": False}
     return _attend, types, {**plain, **constexprs}, {"num_warps": 4}
 
