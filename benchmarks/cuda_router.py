@@ -8,6 +8,7 @@ cache, as they do behind the gate that made them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from cuda_shapes import begin, parser
 from torch import Tensor
 
+from moescope.kernels import agreement, route
+from moescope.kernels.policy_rows import pack_rows
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring, Routing
 from moescope.kernels.torch_ops import route_torch
 
@@ -56,6 +59,7 @@ def measure(T: int, spec: RouterSpec, device: str, *, compiles: bool) -> dict[st
     logits, bias = inputs(T, spec, device)
     chain = grouped_chain if spec.policy.n_group > 1 else plain_chain
     target = torch.empty_like(logits)
+    calls = (64 if T < 4096 else 16) if device == "cuda" else 1
     found: dict[str, Any] = {}
     works: dict[str, Callable[[], Work]] = {
         "copy": lambda: lambda: target.copy_(logits),
@@ -68,7 +72,7 @@ def measure(T: int, spec: RouterSpec, device: str, *, compiles: bool) -> dict[st
         works["torch.compile"] = lambda: compiled(chain, logits, bias, spec.policy)
     for name, made in works.items():
         try:
-            found[name] = clock.in_graph(made(), device, calls=64 if T < 4096 else 16) * 1e6
+            found[name] = clock.in_graph(made(), device, calls=calls) * 1e6
         except Exception as error:
             found[f"{name}, why not"] = f"{type(error).__name__}: {error}"[:300]
     if "ours" in found:
@@ -120,6 +124,30 @@ def compiled(chain: Any, logits: Tensor, bias: Tensor | None, p: RouterPolicy) -
 
 def ours(
     logits: Tensor, bias: Tensor | None, spec: RouterSpec, *, places: int = 1
-) -> tuple[Work, Callable[[], Routing]]:
-    """The fused kernel, and its routing under the policy in force. `places` policies a row."""
-    raise NotImplementedError
+) -> tuple[Work, Routing]:
+    """The fused kernel, and where its routing arrives: `places` policies a row, one place each."""
+    from moescope.kernels.triton_ops.router import empty, route_rows
+
+    T, device = len(logits), logits.device
+    rows = torch.from_numpy(pack_rows([spec] * places)).float().to(device)
+    row_of = torch.arange(places, dtype=torch.int32, device=device).repeat(T, 1)
+    out = empty(T, places, spec.K, device)
+    return lambda: route_rows(logits, rows, row_of, spec.K, bias, out=out), out
+
+
+def disagreements(logits: Tensor, bias: Tensor | None, spec: RouterSpec) -> int:
+    """Rows in which the kernel decides otherwise than the definition."""
+    work, out = ours(logits, bias, spec)
+    work()
+    fields = {f.name: getattr(out, f.name) for f in dataclasses.fields(out)}
+    found = Routing(
+        **{k: None if v is None or k == "logits" else v[:, 0].cpu() for k, v in fields.items()}
+    )
+    raw, vector = logits.cpu().numpy(), None if bias is None else bias.cpu().numpy()
+    expected = route(raw, spec, correction_bias=vector)
+    wrong = agreement.compare(expected, found, spec, raw, correction_bias=vector, limit=1 << 30)
+    return len({item.row for item in wrong})
+
+
+if __name__ == "__main__":
+    main()

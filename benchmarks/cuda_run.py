@@ -117,6 +117,8 @@ def run(step: Step, asked: argparse.Namespace, limit: float) -> int:
     command += ["--limit", f"{limit:.0f}", *(["--tiny"] if asked.tiny else [])]
     paths = [str(results.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    if asked.device == "cpu":
+        environment["TRITON_INTERPRET"] = "1"
     process = subprocess.Popen(
         command, cwd=results.ROOT, env=environment, start_new_session=True, stdin=subprocess.DEVNULL
     )

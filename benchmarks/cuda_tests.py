@@ -1,5 +1,7 @@
-"""Every test that needs the device, one process a file: an error that leaves the device unusable
-must not take the tests of other files with it. On a CPU they are only collected.
+"""Every test that needs the device, file by file, with several workers where pytest-xdist is there:
+most of the time goes into compiling kernels. A test that fails is run again in a process of its
+own, because an error can leave the device unusable for those after it; both results are told. On a
+CPU tests are only collected.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,6 +23,8 @@ from cuda_shapes import begin, parser
 MARK = "mark.gpu"
 KINDS = ("tests", "failures", "errors", "skipped")
 SHOWN = 600  # characters of a failure
+WORKERS = 8
+AGAIN = 8  # tests of a file that are run alone after they failed
 
 
 def main() -> int:
@@ -28,13 +33,12 @@ def main() -> int:
     ends = time.monotonic() + asked.limit - 10
     files: dict[str, Any] = {}
     for path in with_device_tests():
-        left = ends - time.monotonic()
-        if left < 20:
+        if ends - time.monotonic() < 20:
             files[path] = {"says": "not run: no time left", "errors": 1}
         elif asked.device == "cpu":
             files[path] = collected(path)
         else:
-            files[path] = one(path, left)
+            files[path] = one(path, ends)
         report.put("files", files, says=f"{path}: {files[path]}")
     failed = summary(report, files)
     report.finish()
@@ -62,23 +66,37 @@ def collected(path: str) -> dict[str, Any]:
     return {"collected": len(names)}
 
 
-def one(path: str, limit: float) -> dict[str, Any]:
-    """Run one file; counts, seconds, and what failed."""
+def one(path: str, ends: float) -> dict[str, Any]:
+    """Run one file; counts, seconds, what failed, and what of it passes alone."""
     began = time.monotonic()
+    workers = min(WORKERS, os.cpu_count() or 1) if find_spec("xdist") else 0
+    found = ran(path, ends, *(["-n", str(workers)] if workers > 1 else []))
+    failed = list(found.get("failed", {}))
+    for name in failed[:AGAIN]:
+        if time.monotonic() > ends - 30:
+            break
+        alone = ran(f"{path}::{name}", ends)
+        passed = alone.get("tests") == 1 and not alone["failures"] and not alone["errors"]
+        found.setdefault("alone", {})[name] = "passed" if passed else "failed"
+    return found | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def ran(what: str, ends: float, *options: str) -> dict[str, Any]:
+    """Counts and failures of a file or a test."""
+    left = max(5.0, ends - time.monotonic())
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.xml"
-        command = pytest(path, "-q", "--tb=short", "--durations=5", f"--junitxml={result}")
+        command = pytest(what, "--tb=short", "--durations=5", f"--junitxml={result}", *options)
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         try:
-            process.wait(limit)
+            process.wait(left)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return {"says": f"stopped after {limit:.0f} s", "errors": 1}
+            return {"says": f"stopped after {left:.0f} s", "errors": 1}
         if not result.exists():
             return {"says": f"pytest ended with {process.returncode}", "errors": 1}
-        figures = read(result)
-    return figures | {"seconds": round(time.monotonic() - began, 1)}
+        return read(result)
 
 
 def read(result: Path) -> dict[str, Any]:

@@ -55,10 +55,10 @@ MODES = (
     Mode("grouped_mm", "static"),
     Mode("batched_mm", "graph"),
     Mode("grouped_mm", "graph"),
-    Mode("batched_mm", "compiled", 180),
-    Mode("grouped_mm", "compiled", 180),
     Mode("deepgemm", "dynamic", 45),
     Mode("sonicmoe", "dynamic", 45),
+    Mode("batched_mm", "compiled", 180),
+    Mode("grouped_mm", "compiled", 180),
     Mode("eager", "compiled", 120),
 )
 
