@@ -66,6 +66,7 @@ class Interpreter(Protocol):
     device: str
     dtype: str
     kernels: dict[str, str]  # operator -> which implementation runs; the trace records it
+    draws: bool  # whether it draws tokens itself where it is told how
 
     def open(self, lanes: int, capacity: int) -> None:
         """Allocate state for `lanes` lanes of `capacity` tokens; growing loses nothing."""

@@ -32,6 +32,8 @@ MOST_EXPERTS, MOST_PICKS = 4096, 64  # of `router.h`
 class NativeStep:
     """See `steps.Step`. `threads` is torch's number where it is not given."""
 
+    draws = False
+
     def __init__(self, shared: Shared, *, threads: int = 0) -> None:
         import torch
 

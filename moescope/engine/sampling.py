@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,10 +123,12 @@ def _at_rank(values: NDArray[np.float32], rank: int) -> np.float32:
     return value
 
 
+@lru_cache(maxsize=64)
 def uniform(seed: int, position: int) -> float:
     """The random number in [0, 1) that decides the token at `position`."""
     key = np.array([seed & (2**64 - 1), (seed >> 64) & (2**64 - 1)], dtype=np.uint64)
-    return float(np.random.Generator(np.random.Philox(key=key, counter=position)).random())
+    bits = int(np.random.Philox(key=key, counter=position).random_raw())
+    return (bits >> 11) * 2.0**-53
 
 
 def choose(expected: Expectation, sampling: Sampling, position: int) -> int:

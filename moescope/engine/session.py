@@ -245,6 +245,8 @@ class Session:
 
     def _draws(self, lanes: Sequence[Lane]) -> list[Draw] | None:
         """How the tokens after the next are drawn, where that is known to happen in every lane."""
+        if not self.interpreter.draws:
+            return None
         follows = self.same_tokens and 0 in self.lanes
         for lane in lanes:
             asked = lane.sampling.max_new_tokens > 0 and not (follows and lane.index)

@@ -101,6 +101,7 @@ class Step(Protocol):
     # operator -> kernel and its configuration, as the trace records it; the first word of "step"
     # is what the status line calls this path
     kernels: dict[str, str]
+    draws: bool  # whether it draws the next tokens
 
     def opened(self) -> None:
         """Caches were allocated anew or lanes added: take their addresses again."""

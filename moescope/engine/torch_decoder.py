@@ -96,6 +96,7 @@ class TorchDecoder:
             self.why_no_step = "layers on several devices"
         elif fused:
             self.step, self.why_no_step = fused_step(self.shared)
+        self.draws = self.step is not None and self.step.draws
         if self.step is not None:
             self.kernels = {**self.step.kernels, "prompts": "torch"}
         else:

@@ -1,7 +1,7 @@
 """Router kernels: arrays in, arrays out; no files, no models, no sibling of this package.
 
-`route` picks the implementation: `reference` (numpy, the definition), `torch`, `native` (C, where it
-was built) or `triton` (CUDA). Names are resolved on first use, so importing this package costs
+`route` picks the implementation: `reference` (numpy, the definition), `torch`, `native` (C, where
+it was built) or `triton` (CUDA). Names are resolved on first use, so importing this package costs
 neither numpy nor torch.
 """
 

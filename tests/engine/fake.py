@@ -42,7 +42,7 @@ def spec(**policy: Any) -> RouterSpec:
 class FakeInterpreter:
     """Lanes of hidden vectors. `poison` (a token id) makes the router of layer 1 give NaN."""
 
-    device, dtype = "cpu", "float32"
+    device, dtype, draws = "cpu", "float32", False
 
     def __init__(self, seed: int = 0, poison: int | None = None, sharpness: float = 3.0) -> None:
         random = np.random.default_rng(seed)

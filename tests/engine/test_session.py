@@ -611,6 +611,7 @@ class DrawingModel(FakeModel):
             return replace(out, drawn=np.array(drawn))
 
         self.interpreter.run = run  # type: ignore[method-assign]
+        self.interpreter.draws = True
 
 
 @pytest.mark.parametrize("same_tokens", [False, True])

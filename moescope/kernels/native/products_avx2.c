@@ -10,7 +10,6 @@
 #define ZERO() _mm256_setzero_ps()
 #define ADD(a, b) _mm256_add_ps(a, b)
 #define SUM(a) sum(a)
-#define MOST 4
 #define VALUES __m256
 #define VWIDTH 8
 #define VLOADF(p) _mm256_loadu_ps(p)

@@ -10,7 +10,6 @@
 #define ZERO() _mm512_setzero_ps()
 #define ADD(a, b) _mm512_add_ps(a, b)
 #define SUM(a) _mm512_reduce_add_ps(a)
-#define MOST 8
 #define VALUES __m512
 #define VWIDTH 16
 #define VLOADF(p) _mm512_loadu_ps(p)

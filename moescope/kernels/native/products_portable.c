@@ -13,7 +13,6 @@ typedef uint16_t halves __attribute__((vector_size(8)));
 #define ZERO() ((four){0.0f, 0.0f, 0.0f, 0.0f})
 #define ADD(a, b) ((a) + (b))
 #define SUM(a) sum(a)
-#define MOST 4
 #define VALUES four
 #define VWIDTH 4
 #define VLOADF(p) from_f32(p)

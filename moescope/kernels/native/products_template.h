@@ -9,7 +9,6 @@
  *   W LOADW(p), X LOADX(p), MAC(w, x, acc)
  *   VALUES, VWIDTH, VLOAD(p), VLOADF(p), VSET(f), VFMA(v, s, acc), VSTORE(p, v): rows of the
  *                cache, widened to float32;  DTYPE
- *   MOST         vectors one pass over a row serves: 4 or 8
  *
  * A row's sum has two accumulators that take blocks in turn, whatever the number of vectors
  * beside it: a lane gets the same bits in every batch.
@@ -17,8 +16,8 @@
 
 MK_INLINE TARGET void NAME(row)(const int N, const WEIGHT *w, int cols, const INPUT *const *x,
                                 float *const *y, int row) {
-    ACC acc[MOST][2];
-#pragma GCC unroll 8
+    ACC acc[MK_TILE][2];
+#pragma GCC unroll 4
     for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = ZERO();
     int i = 0;
     for (; i + 2 * BLOCK <= cols; i += 2 * BLOCK) {
@@ -26,7 +25,8 @@ MK_INLINE TARGET void NAME(row)(const int N, const WEIGHT *w, int cols, const IN
         for (int h = 0; h < 2; h++) {
             const WEIGHT *p = w + i + h * BLOCK;
             W loaded = LOADW(p);
-#pragma GCC unroll 8
+            if (N > 2) __builtin_prefetch((const char *)p + AHEAD, 0, HINT);
+#pragma GCC unroll 4
             for (int n = 0; n < N; n++)
                 acc[n][h] = MAC(loaded, LOADX(x[n] + i + h * BLOCK), acc[n][h]);
         }
@@ -39,37 +39,41 @@ MK_INLINE TARGET void NAME(row)(const int N, const WEIGHT *w, int cols, const IN
         memset(rest, 0, sizeof rest);
         memcpy(rest, w + i, (size_t)left * sizeof(WEIGHT));
         W loaded = LOADW(rest);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int n = 0; n < N; n++) acc[n][h] = MAC(loaded, LOADX(x[n] + i), acc[n][h]);
         i += BLOCK;
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int n = 0; n < N; n++) y[n][row] = SUM(ADD(acc[n][0], acc[n][1]));
 }
 
-/* One row after the other, so that memory is read as one stream: that is twice as fast as several
- * rows together. Vectors beyond MOST read the row again, from L1. */
+#define EACH_ROW(N_)                                                                         \
+    for (int r = first; r < last; r++)                                                       \
+        NAME(row)(N_, w + (size_t)r * stride, cols, x, y, r);
+
+/* Rows `first` to `last` times at most MK_TILE vectors, one row after the other, so that memory is
+ * read as one stream: that is twice as fast as several rows together. */
+static TARGET void NAME(few)(const WEIGHT *w, size_t stride, int first, int last, int cols,
+                             const INPUT *const *x, int lanes, float *const *y) {
+    switch (lanes) {
+    case 1: EACH_ROW(1) break;
+    case 2: EACH_ROW(2) break;
+    case 3: EACH_ROW(3) break;
+    default: EACH_ROW(4) break;
+    }
+}
+#undef EACH_ROW
+
+/* More vectors than MK_TILE read a block of rows again, from L2. */
 static TARGET void NAME(rows)(const void *weight, size_t stride, int rows, int cols,
                               const void *const *given, int lanes, float *const *y) {
-    const WEIGHT *w = weight;
     const INPUT *const *x = (const INPUT *const *)given;
-    if (lanes == 1) {
-        for (int r = 0; r < rows; r++, w += stride) NAME(row)(1, w, cols, x, y, r);
-        return;
-    }
-    for (int r = 0; r < rows; r++, w += stride) {
-        int n = 0;
-        for (; n + MOST <= lanes; n += MOST) NAME(row)(MOST, w, cols, x + n, y + n, r);
-        if (lanes - n >= 4 && MOST > 4) {
-            NAME(row)(4, w, cols, x + n, y + n, r);
-            n += 4;
-        }
-        switch (lanes - n) {
-        case 3: NAME(row)(3, w, cols, x + n, y + n, r); break;
-        case 2: NAME(row)(2, w, cols, x + n, y + n, r); break;
-        case 1: NAME(row)(1, w, cols, x + n, y + n, r); break;
-        default: break;
-        }
+    int block = lanes <= MK_TILE ? rows : 16;
+    for (int first = 0; first < rows; first += block) {
+        int last = rows - first < block ? rows : first + block;
+        for (int n = 0; n < lanes; n += MK_TILE)
+            NAME(few)(weight, stride, first, last, cols, x + n,
+                      lanes - n < MK_TILE ? lanes - n : MK_TILE, y + n);
     }
 }
 

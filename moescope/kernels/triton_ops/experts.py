@@ -53,18 +53,23 @@ def all_picks(ids, stride, N: tl.constexpr, K: tl.constexpr, E: tl.constexpr, SL
     """What the lanes chose, as [SLOTS]; E where a slot is unused or its expert is a null one."""
     slot = tl.arange(0, SLOTS)
     if ids is None:
-        return tl.where(slot == 0, 0, E)
-    found = tl.load(ids + (slot // K) * stride + slot % K, mask=slot < N * K, other=-1)
-    return tl.where((found >= 0) & (found < E), found, E)
+        picks = slot * E  # expert 0 and unused picks
+    else:
+        found = tl.load(ids + (slot // K) * stride + slot % K, mask=slot < N * K, other=-1)
+        picks = tl.where((found >= 0) & (found < E), found, E)
+    return picks
 
 
 @triton.jit
 def choosers(picks, expert, ids, N: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr):
     """How often each lane chose the expert, lane n in byte n of an int64."""
-    if ids is None or N == 1:
-        return tl.full([], 0x0101010101010101, tl.int64)
-    lane = (tl.arange(0, SLOTS) // K) % N  # slots beyond the last lane hold no expert
-    return tl.sum(tl.where(picks == expert, (lane * 0 + 1).to(tl.int64) << (8 * lane), 0))
+    if ids is None:
+        chosen = tl.full([], 0x0101010101010101, tl.int64)
+    else:
+        lane = (tl.arange(0, SLOTS) // K) % N  # slots beyond the last lane hold no expert
+        one = tl.full([SLOTS], 1, tl.int64) << (8 * lane).to(tl.int64)
+        chosen = tl.sum(tl.where(picks == expert, one, 0))
+    return chosen
 
 
 @triton.jit
@@ -73,11 +78,13 @@ def combine_weight(
 ):
     """Lane n's weight for the expert, rounded to the combine dtype."""
     if ids is None:
-        return 1.0
-    pick = tl.arange(0, PICKS)
-    here = tl.load(ids + n * stride + pick, mask=pick < K, other=-1) == expert
-    weight = tl.load(weights + n * stride + pick, mask=here & (pick < K), other=0.0)
-    return tl.sum(weight).to(COMBINE).to(tl.float32)
+        weight = tl.full([], 1.0, tl.float32)
+    else:
+        pick = tl.arange(0, PICKS)
+        here = tl.load(ids + n * stride + pick, mask=pick < K, other=-1) == expert
+        found = tl.load(weights + n * stride + pick, mask=here & (pick < K), other=0.0)
+        weight = tl.sum(found).to(COMBINE).to(tl.float32)
+    return weight
 
 
 @triton.jit
@@ -336,29 +343,29 @@ def _blocks(tile: Tile, width: int, N: int, K: int) -> dict[str, int]:
     }
 
 
-def _aot(dtype: str, N: int, K: int, E: int, H: int, width: int) -> tuple[tuple, tuple]:
+def _aot(dtype: str, N: int, K: int, E: int, H: int, width: int, **more: Any) -> tuple[tuple, ...]:
+    """Both kernels as `experts_small` would launch them; `more` overrides: values of constexprs,
+    and `dtype` for a pointer that is there."""
     tiles = expert_tiles(H, width)
-    routes = {"ids": "*i32", "weights": "*fp32", "stride": "i32"}
     common = {"N": N, "K": K, "E": E, "H": H, "INNER": width, "COMBINE": tl.float32}
-    common |= {"ON_INPUT": False, "PDL": False}
-    gate_up = (
-        gate_up_kernel,
-        {"h": dtype, "weight": dtype, "inner": dtype, **routes},
-        {"bias": None, "norm": None, "EPS": 0.0, "APPLIES": "model", "ACTIVATION": "silu"}
-        | common
-        | _blocks(tiles.gate_up, H, N, K),
-        {"num_warps": tiles.gate_up.warps},
-    )
-    down = (
-        down_kernel,
-        {"inner": dtype, "weight": dtype, "out": dtype, "residual": dtype, **routes},
-        {"bias": None, "shared": None, "output_scale": None, "MULTIPLIER": 1.0}
-        | common
-        | _blocks(tiles.down, width, N, K)
-        | {"LANES": triton.next_power_of_2(N)},
-        {"num_warps": tiles.down.warps},
-    )
-    return gate_up, down
+    fixed = common | {"ON_INPUT": False, "PDL": False}
+    routes = {"ids": "*i32", "weights": "*fp32", "stride": "i32"}
+    gate_up = dict.fromkeys(("h", "weight", "inner"), dtype) | routes
+    gate_up |= {"bias": None, "norm": None, "EPS": 1e-5, "APPLIES": "model", "ACTIVATION": "silu"}
+    down = dict.fromkeys(("inner", "weight", "out", "residual"), dtype) | routes
+    down |= {"bias": None, "output_scale": None, "shared": None, "MULTIPLIER": 1.0}
+    down["LANES"] = triton.next_power_of_2(N)
+    cases = []
+    for kernel, given, tile, wide in (
+        (gate_up_kernel, gate_up, tiles.gate_up, H),
+        (down_kernel, down, tiles.down, width),
+    ):
+        every = given | fixed | _blocks(tile, wide, N, K)
+        every |= {name: value for name, value in more.items() if name in every}
+        types = {n: v for n, v in every.items() if isinstance(v, str) and n.islower()}
+        values = {n: v for n, v in every.items() if n not in types}
+        cases.append((kernel, types, values, {"num_warps": tile.warps}))
+    return tuple(cases)
 
 
 _CASES = {
@@ -367,6 +374,18 @@ _CASES = {
     "Qwen3-30B": _aot("*bf16", 1, 32, 128, 2048, 768),
     "Qwen3-30B, 8 lanes": _aot("*bf16", 8, 32, 128, 2048, 768),
     "7168 columns": _aot("*bf16", 1, 32, 256, 7168, 2048),
+    "everything, 3 lanes": _aot(
+        *("*fp16", 3, 20, 60, 2048, 1408),
+        ON_INPUT=True,
+        COMBINE=tl.float16,
+        MULTIPLIER=0.5,
+        bias="*fp16",
+        shared="*fp16",
+        output_scale="*fp32",
+    ),
+    "dense, 2 lanes": _aot(
+        *("*bf16", 2, 1, 1, 2048, 6144), norm="*bf16", ids=None, weights=None, ACTIVATION="gelu"
+    ),
 }
 AOT = {
     f"{part}, {name}": case

@@ -196,7 +196,7 @@ def _route(
     place = t * P + p
     row = tl.load(row_of + place)
     x = tl.load(logits + t * E + e, mask=e < E, other=float("-inf")).to(tl.float32)
-    if KEEP:
+    if KEEP:  # noqa: SIM102
         if p == 0:
             tl.store(logits_out + t * E + e, x, mask=e < E)
     hashed = table

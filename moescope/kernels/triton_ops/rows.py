@@ -1,4 +1,4 @@
-"""One row of router logits under one policy, decided by one program: what the routing kernels share.
+"""One row of router logits under one policy, decided by one program: for all routing kernels.
 
 The steps and rounding points are those of `reference.py`. A policy is read at run time, and what it
 does not ask for is branched over, so a plain softmax router costs a softmax and its picks.
@@ -67,7 +67,6 @@ def route_row(
     weightless = tl.load(policy + at.WEIGHTLESS_FROM).to(tl.int32)
 
     z = _prepared(x, policy)
-    finite = tl.max(ordered(z)) < INF_KEY
     # softmax keeps the order of the logits, so its picks need not wait for its sums
     plain = (func == 0) & (passes == 1) & (site == 0) & (groups == 1) & (source == 0)
     plain = plain & plain_norm & (after | (score_dtype == 0)) & (not HASHED) & (not scaled)
@@ -77,7 +76,7 @@ def route_row(
         by_logit = after | (func == 3)
         scored, last = _score_all(z, func, passes, score_dtype)
         biased = tl.where(by_logit, z, scored)
-        if HAS_BIAS:
+        if HAS_BIAS:  # noqa: SIM102
             if site != 0:
                 b = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
                 b = rounded(b, tl.load(policy + at.CORRECTION_BIAS_DTYPE))
@@ -96,11 +95,12 @@ def route_row(
 
     if HASHED:
         ids = tl.load(hashed + slot, mask=slot < K, other=0).to(tl.int32)
-        valid = finite & (tl.sum((z > -INF).to(tl.int32)) >= K)
-        above, below, runner_up, picked = 0.0, -INF, -1, tl.full([K_PAD], 0.0, tl.float32)
+        valid = (tl.max(ordered(z)) < INF_KEY) & (tl.sum((z > -INF).to(tl.int32)) >= K)
+        above = tl.full([], -INF, tl.float32)
+        below, runner_up, picked = above, -1, tl.full([K_PAD], 0.0, tl.float32)
     else:
-        best, picked, ids, above, below, runner_up = _pick(values, K, flip, E_PAD, K_PAD)
-        valid = finite & (best < INF) & (above > -INF)
+        picked, ids, above, below, runner_up = _pick(values, K, flip, E_PAD, K_PAD)
+        valid = (tl.max(ordered(values)) < INF_KEY) & (above > -INF)
     used = (slot < K) & valid
 
     if plain:
@@ -111,9 +111,10 @@ def route_row(
             above = tl.div_rn(exp_of_difference(above, top), total)
             below = tl.where(below == -INF, below, tl.div_rn(exp_of_difference(below, top), total))
         scores = rounded(tl.div_rn(w, total), score_dtype)
+        mass = tl.sum(scores)
         w = scores
         if norm:
-            w = tl.div_rn(w, tl.sum(w) + eps)
+            w = tl.div_rn(w, mass + eps)
         w = w * weight_scale
         w = rounded(tl.where(ids >= weightless, 0.0, w), combine_dtype)
         w = tl.where(used, w, 0.0)
@@ -133,16 +134,17 @@ def route_row(
             w = tl.gather(biased, ids, 0)
             if after:
                 w, _ = _score_all(tl.where(used, w, -INF), func, passes, score_dtype)
-            if HAS_BIAS:
+            if HAS_BIAS:  # noqa: SIM102
                 if source == 2:
                     b = tl.load(bias + ids).to(tl.float32)
                     b = rounded(b, tl.load(policy + at.CORRECTION_BIAS_DTYPE))
                     w = rounded(w - b, tl.load(policy + at.BIASED_DTYPE))
         scores = tl.where(used, scores, 0.0)
+        mass = tl.sum(scores)
         wide = tl.where(used, w, 0.0).to(tl.float64)  # logits may cancel in the sum
         if norm:
             wide = _normalised(wide, used, policy)
-        if HAS_SCALE:
+        if HAS_SCALE:  # noqa: SIM102
             if scaled:
                 wide = wide * tl.load(scale + ids).to(tl.float64)
         wide = wide * weight_scale
@@ -153,10 +155,9 @@ def route_row(
     nan = float("nan")
     absent = (not valid) | (below == -INF)
     ids = tl.where(used, ids, -1)
-    mass = tl.where(valid, tl.sum(tl.where(used, scores, 0.0)), nan)
     scores = tl.where(slot < K, tl.where(valid, scores, nan), 0.0)
-    score_sum, entropy = tl.where(valid, score_sum, nan), tl.where(valid, entropy, nan)
-    margin = tl.where(absent, nan, above - below)
+    score_sum, mass = tl.where(valid, score_sum, nan), tl.where(valid, mass, nan)
+    entropy, margin = tl.where(valid, entropy, nan), tl.where(absent, nan, above - below)
     return ids, scores, w, score_sum, mass, entropy, margin, tl.where(absent, -1, runner_up)
 
 
@@ -204,7 +205,7 @@ def _score(z, func):
             s = tl.sqrt_rn(tl.where(z > 0, z, 0.0) + log1p(small))
         s = tl.where(z == z, s, z)
     else:
-        w = exp_of_difference(z, tl.max(z))
+        w = exp_of_difference(z, _largest(z))
         s = tl.div_rn(w, tl.sum(w) + tl.zeros_like(w))
     return s
 
@@ -223,13 +224,19 @@ def _entropy(z, func):
             soft = tl.where(z > 0, z, 0.0) + log1p(small)
             z = 0.5 * tl.where(z < -12.0, z - 0.5 * small, tl.log(soft))
             floor = -372.5
-    top = tl.max(z)
+    top = _largest(z)
     d = z - top
     w = tl.exp2(d * LOG2E)
     total = tl.sum(w)
     entropy = tl.log(total) - tl.sum(tl.where(w > 0, w * d, 0.0)) / total
     # below the floor float64 has no such scores, and the definition no entropy
     return tl.where(top < floor, float("nan"), entropy), top, total
+
+
+@triton.jit
+def _largest(x):
+    """The maximum, or NaN: of integers a warp finds it in one instruction."""
+    return unordered(tl.max(ordered(x)))
 
 
 @triton.jit
@@ -269,7 +276,7 @@ def _limit_groups(biased, policy, groups, flip, E: tl.constexpr, E_PAD: tl.const
 
 @triton.jit
 def _pick(values, K, flip, E_PAD: tl.constexpr, K_PAD: tl.constexpr):
-    """(best value, values and ids [K_PAD] of the first K, the K-th value, the next value and id).
+    """(values and ids [K_PAD] of the first K, the K-th value, the next value and its id).
 
     Values descend; ties go to the lower id, or to the higher one where `flip` is E_PAD - 1. What is
     -inf is not chosen: where nothing is left, a value is -inf and an id anything.
@@ -305,15 +312,7 @@ def _pick(values, K, flip, E_PAD: tl.constexpr, K_PAD: tl.constexpr):
             keys = tl.where(slot == k, below, keys)
             ids = tl.where(slot == k, next_id, ids)
             k += 1
-    best = tl.max(tl.where(slot == 0, keys, LEAST))
-    return (
-        _value(best),
-        _value(keys),
-        ids,
-        _value(above),
-        _value(below),
-        next_id,
-    )
+    return _value(keys), ids, _value(above), _value(below), next_id
 
 
 @triton.jit
