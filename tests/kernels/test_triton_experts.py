@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 import tests.kernels.interpreted  # noqa: F401  (before the kernels)
 from moescope.kernels.triton_ops import experts as decode
-from moescope.kernels.triton_ops import gemv, grouped
+from moescope.kernels.triton_ops import gemv, grouped, tuning
 from moescope.kernels.triton_ops.tiles import Block, ExpertTiles, Tile, configuration, expert_tiles
 from tests.kernels.expert_cases import (
     assert_close,
@@ -41,7 +42,7 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", EVERY)
-@pytest.mark.parametrize(("N", "rows", "H"), [(1, 11, 37), (3, 16, 64), (8, 5, 7)])
+@pytest.mark.parametrize(("N", "rows", "H"), [(1, 11, 37), (3, 16, 64), (8, 5, 7), (2, 3, 2048)])
 def test_linear_is_torch_s(dtype: torch.dtype, N: int, rows: int, H: int) -> None:
     x, weight = random(1, dtype, N, H), random(2, dtype, rows, H, scale=H**-0.5)
     out = poisoned(N, rows, dtype=dtype)
@@ -293,6 +294,25 @@ def test_configuration_names_every_kernel_s_tiles() -> None:
     assert said["experts"].startswith("triton gemv: gate-up 2 rows by 4 warps, not tuned; down ")
     assert said["head"] == "triton gemv: 16 rows by 8 warps, tuned"
     assert "not tuned" in said["linear"]
+
+
+def test_every_choice_of_a_tuner_is_right_and_the_fastest_is_marked() -> None:
+    x, weight = random(120, torch.bfloat16, 2, 40), random(121, torch.bfloat16, 6, 40)
+    expected = gemv.linear_small(x, weight)
+    tiles = tuning.linear_choices(2048, 2048)
+    assert tiles[0] == gemv.linear_tile(2048, 2048) and len(tiles) > 5
+    for tile in tiles[1::3]:
+        assert_close(gemv.linear_small(x, weight, tile=tile), expected)
+    best, measured = tuning.fastest(tiles, lambda tile: abs(tile.rows - 2) + tile.warps)
+    assert best == Tile(2, 2, tuned=True) and len(measured) == len(tiles)
+
+    def no_room_for_many_warps(tiles: ExpertTiles) -> float:
+        if tiles.down.warps > 1:
+            raise OutOfResources(2, 1, "registers")
+        return 1.0
+
+    found, measured = tuning.fastest(tuning.expert_choices(2048, 1024), no_room_for_many_warps)
+    assert found.down.tuned and found.down.warps == 1 and 0 < len(measured) < 9
 
 
 LOOK = """
