@@ -76,7 +76,7 @@ def in_graph(work: Work, device: str, *, calls: int = 64, repeats: int = 21) -> 
             work()
 
     if device != "cuda":
-        return median_time(many, device, repeats=3, warm=1) / calls
+        return median_time(many, device, repeats=2, warm=0) / calls
     graph = captured(many)
     return median_of_events(graph.replay, repeats=repeats) / calls
 

@@ -67,8 +67,7 @@ class Lanes:
         return out
 
     def draw(self, position: int) -> Draw:
-        random = uniform(self.sampling.seed, position) if self.sampling.temperature > 0 else 0.0
-        return Draw(self.sampling, position, random)
+        return Draw(self.sampling, position, uniform(self.sampling.seed, position))
 
     def go(self, tokens: int) -> None:
         for _ in range(tokens):

@@ -37,14 +37,15 @@ class Step:
 OLMOE, QWEN3 = ("--shape", "olmoe"), ("--shape", "qwen3")
 # In order of what they are worth, should time run out.
 STEPS = (
-    Step("tests", "tests that need the device", "cuda_tests", (), 150),
-    Step("router", "the router alone", "cuda_router", (), 60, 300),
-    Step("olmoe", "decode, OLMoE-1B-7B", "cuda_decode", OLMOE, 60, 300),
+    Step("tests", "tests that need the device", "cuda_tests", (), 240),
+    Step("router", "the router alone", "cuda_router", (), 90, 300),
+    Step("olmoe", "decode, OLMoE-1B-7B", "cuda_decode", OLMOE, 75, 300),
     Step("tracing", "what tracing costs", "cuda_tracing", OLMOE, 60, 300),
-    Step("lanes", "1 to 8 lanes, shadow variants", "cuda_lanes", OLMOE, 75, 300),
+    Step("lanes", "1 to 8 lanes, shadow variants", "cuda_lanes", OLMOE, 120, 400),
     Step("qwen3", "decode, Qwen3-30B-A3B", "cuda_decode", QWEN3, 90, 400),
-    Step("peers", "against transformers, OLMoE-1B-7B", "cuda_peers", OLMOE, 240),
-    Step("peers_qwen3", "against transformers, Qwen3-30B-A3B", "cuda_peers", QWEN3, 300),
+    Step("peers", "against transformers, OLMoE-1B-7B", "cuda_peers", OLMOE, 300),
+    Step("kernels", "every kernel, and tiles around its own", "cuda_kernels", (), 150),
+    Step("peers_qwen3", "against transformers, Qwen3-30B-A3B", "cuda_peers", QWEN3, 360),
     Step("prefill", "first token and loading", "cuda_prefill", OLMOE, 75, 300),
     Step("others", "vLLM and llama.cpp, where they are", "cuda_others", OLMOE, 15),
 )

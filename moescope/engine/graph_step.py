@@ -256,5 +256,4 @@ def _alike(draws: Sequence[Draw], others: Sequence[Draw] | None) -> bool:
 def _following(draw: Draw) -> Draw:
     """How the token after the one of `draw` will be drawn."""
     position, asked = draw.position + 1, draw.sampling
-    random = sampling.uniform(asked.seed, position) if asked.temperature > 0 else draw.uniform
-    return Draw(asked, position, random)
+    return Draw(asked, position, sampling.uniform(asked.seed, position))
