@@ -14,57 +14,81 @@
  * beside it: a lane gets the same bits in every batch.
  */
 
-MK_INLINE TARGET void NAME(row)(const int N, const WEIGHT *w, int cols, const INPUT *const *x,
-                                float *const *y, int row) {
-    ACC acc[MK_TILE][2];
+/* R rows, 1 or 2, times N vectors. Two rows halve the loads of vectors; that memory is read as one
+ * stream all the same, the next two rows are fetched in order meanwhile. */
+MK_INLINE TARGET void NAME(tile)(const int R, const int N, const WEIGHT *w, size_t stride, int cols,
+                                 const INPUT *const *x, float *const *y, int row) {
+    ACC acc[2][MK_TILE][2];
+#pragma GCC unroll 2
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = ZERO();
+        for (int n = 0; n < N; n++) acc[r][n][0] = acc[r][n][1] = ZERO();
+    const char *ahead = (const char *)(w + 2 * stride);
     int i = 0;
     for (; i + 2 * BLOCK <= cols; i += 2 * BLOCK) {
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
-            const WEIGHT *p = w + i + h * BLOCK;
-            W loaded = LOADW(p);
-            if (N > 2) __builtin_prefetch((const char *)p + AHEAD, 0, HINT);
+            W loaded[2];
+#pragma GCC unroll 2
+            for (int r = 0; r < R; r++) loaded[r] = LOADW(w + (size_t)r * stride + i + h * BLOCK);
 #pragma GCC unroll 4
-            for (int n = 0; n < N; n++)
-                acc[n][h] = MAC(loaded, LOADX(x[n] + i + h * BLOCK), acc[n][h]);
+            for (int n = 0; n < N; n++) {
+                X given = LOADX(x[n] + i + h * BLOCK);
+#pragma GCC unroll 2
+                for (int r = 0; r < R; r++) acc[r][n][h] = MAC(loaded[r], given, acc[r][n][h]);
+            }
+        }
+        if (R == 2) {
+#pragma GCC unroll 4
+            for (size_t line = 0; line < 4 * BLOCK * sizeof(WEIGHT); line += 64)
+                __builtin_prefetch(ahead + line, 0, 2);
+            ahead += 4 * BLOCK * sizeof(WEIGHT);
         }
     }
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) { /* vectors are padded with zeros, rows are not */
         if (i >= cols) break;
         int left = cols - i < BLOCK ? cols - i : BLOCK;
-        WEIGHT rest[BLOCK];
-        memset(rest, 0, sizeof rest);
-        memcpy(rest, w + i, (size_t)left * sizeof(WEIGHT));
-        W loaded = LOADW(rest);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; r++) {
+            WEIGHT rest[BLOCK];
+            memset(rest, 0, sizeof rest);
+            memcpy(rest, w + (size_t)r * stride + i, (size_t)left * sizeof(WEIGHT));
+            W loaded = LOADW(rest);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; n++) acc[n][h] = MAC(loaded, LOADX(x[n] + i), acc[n][h]);
+            for (int n = 0; n < N; n++) acc[r][n][h] = MAC(loaded, LOADX(x[n] + i), acc[r][n][h]);
+        }
         i += BLOCK;
     }
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) y[n][row] = SUM(ADD(acc[n][0], acc[n][1]));
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 2
+        for (int r = 0; r < R; r++) y[n][row + r] = SUM(ADD(acc[r][n][0], acc[r][n][1]));
 }
 
-#define EACH_ROW(N_)                                                                         \
-    for (int r = first; r < last; r++)                                                       \
-        NAME(row)(N_, w + (size_t)r * stride, cols, x, y, r);
+#define PAIRS(N_)                                                                             \
+    for (; r + 2 <= last; r += 2)                                                             \
+        NAME(tile)(2, N_, w + (size_t)r * stride, stride, cols, x, y, r);                     \
+    if (r < last) NAME(tile)(1, N_, w + (size_t)r * stride, stride, cols, x, y, r);
 
-/* Rows `first` to `last` times at most MK_TILE vectors, one row after the other, so that memory is
- * read as one stream: that is twice as fast as several rows together. */
+/* Rows `first` to `last` times at most MK_TILE vectors. */
 static TARGET void NAME(few)(const WEIGHT *w, size_t stride, int first, int last, int cols,
                              const INPUT *const *x, int lanes, float *const *y) {
+    int r = first;
     switch (lanes) {
-    case 1: EACH_ROW(1) break;
-    case 2: EACH_ROW(2) break;
-    case 3: EACH_ROW(3) break;
-    default: EACH_ROW(4) break;
+    case 1: /* one row after the other: memory is read as one stream, twice as fast as two */
+        for (; r < last; r++) NAME(tile)(1, 1, w + (size_t)r * stride, stride, cols, x, y, r);
+        break;
+    case 2:
+        for (; r < last; r++) NAME(tile)(1, 2, w + (size_t)r * stride, stride, cols, x, y, r);
+        break;
+    case 3: PAIRS(3) break;
+    default: PAIRS(4) break;
     }
 }
-#undef EACH_ROW
+#undef PAIRS
 
-/* More vectors than MK_TILE read a block of rows again, from L2. */
+/* More vectors than a tile holds read a block of rows again, from L2. */
 static TARGET void NAME(rows)(const void *weight, size_t stride, int rows, int cols,
                               const void *const *given, int lanes, float *const *y) {
     const INPUT *const *x = (const INPUT *const *)given;
