@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -316,18 +317,37 @@ def rounded_gate(gate: Tensor, bits: int) -> Tensor:
     return torch.where(step > 0, torch.round(wide / step) * step, 0.0).to(gate.dtype)
 
 
+def grouped_products(spec: MoE, device: torch.device) -> Callable[..., Tensor] | None:
+    """Experts of all rows in a few launches and without asking the device, where there is one."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from moescope.kernels.triton_ops.grouped import experts_grouped
+
+    wiring = spec.router.wiring
+    return partial(
+        experts_grouped,
+        activation=spec.experts.activation,
+        weight_on_input=wiring.apply_router_weight_on_input,
+        combine_dtype=DTYPES[wiring.combine_dtype],
+    )
+
+
 class TorchExperts:
     """Reads each chosen expert's weights once, for all rows that chose it; gathers no copies."""
 
     def __init__(self, spec: MoE, weights: Weights, path: str) -> None:
         self.wiring = spec.router.wiring
         self.activation = ACTIVATIONS[spec.experts.activation]
-        self.gate_up = weights[f"{path}.gate_up"].unbind(0)  # E of [2I, H]
-        self.down = weights[f"{path}.down"].unbind(0)  # E of [H, I]
+        self.whole = weights[f"{path}.gate_up"], weights[f"{path}.down"]
+        self.gate_up = self.whole[0].unbind(0)  # E of [2I, H]
+        self.down = self.whole[1].unbind(0)  # E of [H, I]
         self.combine = DTYPES[self.wiring.combine_dtype]
+        self.grouped = grouped_products(spec, self.whole[0].device)
 
     def __call__(self, h: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """h [R, H], ids [R, K] with -1 unused, weights [R, K] -> [R, H]."""
+        if self.grouped is not None:
+            return self.grouped(h.contiguous(), *self.whole, ids, weights)
         weights = weights.to(self.combine)
         if h.shape[0] == 1 and not self.wiring.apply_router_weight_on_input:
             return self._one(h, ids[0].tolist(), weights[0])
