@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,17 @@ def test_drawn_tokens_are_those_the_host_would_draw(folder: Path, sampling: Samp
         tokens.append([frame.token_id for frame in frames][:48])
     assert tokens[0] == tokens[1]
     assert len(set(tokens[0])) > 8, "hardly anything was drawn"
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_p=0.9)])
+def test_a_session_finds_its_steps_done(folder: Path, sampling: Sampling) -> None:
+    """The device runs one step ahead, and what ran ahead is what the session asks for next."""
+    decoder, _ = tiny_pair(folder, "olmoe")
+    request = Generate(prompt_ids=(40, 41, 42), sampling=replace(sampling, max_new_tokens=40))
+    frames = list(Session(_Model(decoder), max_context=256).generate(request))
+    fed = len(frames) - 3
+    assert fed >= 20, "it ended too early to say anything"
+    assert fed <= decoder.step.launches <= fed + 2  # type: ignore[union-attr]
 
 
 def test_a_pair_shares_its_weights(folder: Path) -> None:
