@@ -117,6 +117,12 @@ def greedy(
     return {"first": first, "steps": steps, "ids": ids}
 
 
+def parts(prompt: list[int], steps: int) -> list[list[int]]:
+    """A prompt whose last `steps` tokens stand alone."""
+    cut = len(prompt) - steps
+    return [prompt[:cut], *([token] for token in prompt[cut:])]
+
+
 def packed(logits: NDArray[np.float32]) -> str:
     return base64.b64encode(np.ascontiguousarray(logits, np.float32).tobytes()).decode()
 

@@ -7,6 +7,7 @@ much memory beside others, are `slow.py`.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -19,6 +20,7 @@ from weights import GGUF
 
 Figures = dict[str, Any]
 TRANSFORMERS = ("eager", "grouped_mm", "grouped_mm static", "grouped_mm compiled")
+STEPS = 4  # tokens of the prompt that are decoded where engines are compared
 KEYS = ("tokens_per_s", "gb_s", "first_s")
 
 
@@ -37,12 +39,15 @@ def run(asked: Asked) -> Figures:
         reader.ask("load", threads=asked.threads, size=asked.read_bytes)
         parity = engines.parity()
         engines.warm()
+        with measure.Meter() as idle:  # engines that wait must not be in the way of others
+            time.sleep(1.0)
         contestants = {"read bandwidth": partial(_read, reader), **engines.contestants}
         turns = measure.rounds(contestants, asked)
     return {
         "engines_loaded": engines.loaded,
         "missing": engines.missing,
         "parity": parity,
+        "cores_used_by_waiting_engines": round(idle.own, 3),
         "bytes_per_token": asked.shapes.token_bytes(),
         **compared(turns, list(engines.contestants)),
         "turns": turns,
@@ -81,10 +86,13 @@ class Engines:
         self.contestants |= offers(child, self.asked)
 
     def parity(self) -> Figures:
-        """Whether the engines do the same work: logits after the prompt, against moescope's."""
-        prompt = self.asked.prompt_ids()
-        rows = {name: self.children[name].ask("logits", prompt=prompt) for name in self.children}
-        logits = {name: unpacked(row["logits"]) for name, row in rows.items()}
+        """Whether the engines do the same work: logits after the prompt, whose last tokens were
+        fed as decoding feeds them, against moescope's."""
+        request = {"prompt": self.asked.prompt_ids(), "steps": STEPS}
+        logits = {
+            name: unpacked(child.ask("logits", **request)["logits"])
+            for name, child in self.children.items()
+        }
         base = logits.pop("moescope")
         return {
             "scale": float(base.std()),

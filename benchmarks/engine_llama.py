@@ -62,8 +62,11 @@ class Engine:
 
         return child.greedy(run, lambda token: run([token]), prompt, tokens)
 
-    def logits(self, prompt: list[int], mode: str = "flash attention") -> Figures:
-        return {"logits": child.packed(self._run(self._emptied(mode), prompt))}
+    def logits(self, prompt: list[int], steps: int, mode: str = "flash attention") -> Figures:
+        context = self._emptied(mode)
+        for part in child.parts(prompt, steps):
+            row = self._run(context, part)
+        return {"logits": child.packed(row)}
 
     def _emptied(self, mode: str) -> Any:
         context = self.contexts[mode]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import child
-import numpy as np
 
 Figures = dict[str, Any]
 
@@ -37,14 +36,10 @@ class Engine:
 
         return child.greedy(run, lambda token: run([token]), prompt, tokens)
 
-    def logits(self, prompt: list[int]) -> Figures:
-        logits = self.model(self.mx.array([prompt]))[0, -1].astype(self.mx.float32)
-        return {"logits": child.packed(np.array(logits))}
-
 
 def main() -> None:
     engine = Engine()
-    child.serve({name: getattr(engine, name) for name in ("load", "decode", "logits")})
+    child.serve({name: getattr(engine, name) for name in ("load", "decode")})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 import child
 import numpy as np
 from shapes import distinct_experts
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moescope.engine.lane import policies_of
 from moescope.engine.load import load_model
@@ -96,9 +93,11 @@ class Engine:
 
         return child.greedy(run, lambda token: run([token]), prompt, tokens)
 
-    def logits(self, prompt: list[int]) -> Figures:
-        """Of the token after the prompt."""
-        output = self._emptied().run((0,), np.array([prompt], np.int64), record="ids")
+    def logits(self, prompt: list[int], steps: int) -> Figures:
+        """Of the token after the prompt, whose last `steps` tokens are fed one by one."""
+        interpreter = self._emptied()
+        for part in child.parts(prompt, steps):
+            output = interpreter.run((0,), np.array([part], np.int64), record="ids")
         return {"logits": child.packed(output.logits[0, -1])}
 
     def _emptied(self) -> Any:

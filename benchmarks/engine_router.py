@@ -7,16 +7,12 @@ could cost.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import child
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moescope import kernels
 from moescope.kernels.policy_rows import pack
@@ -49,7 +45,7 @@ class Routers:
         }
         spec = RouterSpec(RouterPolicy(**_policy(K, grouped)), RouterWiring(num_experts=E))
         missing: dict[str, str] = {}
-        for name, make in (("native", _native), ("route, torch", _routed)):
+        for name, make in WAYS.items():
             try:
                 way = make(logits, spec, bias)
                 way()
@@ -124,18 +120,47 @@ def _grouped(torch: Any, bias: Any, K: int) -> Callable[[Any], Any]:
     return chain
 
 
-def _native(logits: Any, spec: RouterSpec, bias: Any) -> Callable[[], Any]:
-    """The C router on numpy's view of the same logits, rows already packed, as a step calls it."""
+def _call(logits: Any, spec: RouterSpec, bias: Any) -> Callable[[], Any]:
+    """The C function alone on prepared buffers, as near as Python comes to how a step calls it."""
     from moescope.kernels import native_router
 
+    T, E, K = *logits.shape, spec.K
+    rows, of, array, bias = _arrays(logits, spec, bias)
+    library = native_router.declare(native_router._library())
+    results = [np.empty((T, width), np.int32) for width in (K, K, K, 4, 1)]
+    scratch = np.empty(library.mk_route_scratch(E), np.uint8)
+    held = (rows, of, array, bias, results, scratch)
+    arguments = (
+        -1,
+        *(array.ctypes.data, E, T, E),
+        *(rows.ctypes.data, 1, of.ctypes.data, 1),
+        *(None if bias is None else bias.ctypes.data, 0),
+        *(None, 0, None, 0),
+        K,
+        *(result.ctypes.data for result in (*results, scratch)),
+    )
+    return lambda held=held: library.mk_route_rows(*arguments)
+
+
+def _native(logits: Any, spec: RouterSpec, bias: Any) -> Callable[[], Any]:
+    """The same with arrays made and checked: numpy in, numpy out."""
+    from moescope.kernels import native_router
+
+    rows, of, array, bias = _arrays(logits, spec, bias)
+    return lambda: native_router.route_rows(array, rows, of, spec.K, bias)
+
+
+def _arrays(logits: Any, spec: RouterSpec, bias: Any) -> tuple[Any, Any, Any, Any]:
     rows = np.stack([pack(spec.resolved("float32"))])
     of = np.zeros((len(logits), 1), np.int32)
-    array, held = logits.numpy(), None if bias is None else bias.numpy()[None]
-    return lambda: native_router.route_rows(array, rows, of, spec.K, held)
+    return rows, of, logits.numpy(), None if bias is None else bias.numpy()[None]
 
 
 def _routed(logits: Any, spec: RouterSpec, bias: Any) -> Callable[[], Any]:
     return lambda: kernels.route(logits, spec, correction_bias=bias, backend="torch")
+
+
+WAYS = {"C call": _call, "native": _native, "route, torch": _routed}
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import child
-import numpy as np
 
 CONTEXT = 256
 Figures = dict[str, Any]
@@ -46,11 +45,13 @@ class Engine:
             prefill, step = self._mode(mode)
             return child.greedy(prefill, step, prompt, tokens)
 
-    def logits(self, prompt: list[int], mode: str = "grouped_mm") -> Figures:
+    def logits(self, prompt: list[int], steps: int, mode: str = "grouped_mm") -> Figures:
         self.model.set_experts_implementation(mode)
+        cache = self.transformers.DynamicCache(config=self.model.config)
         with self.torch.inference_mode():
-            out = self.model(self.torch.tensor([prompt]), use_cache=False, logits_to_keep=1)
-        return {"logits": child.packed(out.logits[0, -1].float().numpy().astype(np.float32))}
+            for part in child.parts(prompt, steps):
+                out = self.model(self.torch.tensor([part]), past_key_values=cache, use_cache=True)
+        return {"logits": child.packed(out.logits[0, -1].float().numpy())}
 
     def _mode(self, mode: str) -> tuple[Any, Any]:
         torch = self.torch

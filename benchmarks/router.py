@@ -1,4 +1,4 @@
-"""The router alone, in the shapes of issue and literature; see `engine_router.py`."""
+"""The router alone, from one token to a long prompt; see `engine_router.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CASES = (
     (4096, 128, 8, False),
     (8192, 512, 10, False),
 )
-OURS = ("moescope native", "moescope route, torch")
+OURS = ("moescope C call", "moescope native", "moescope route, torch")
 SECONDS = 0.2
 
 

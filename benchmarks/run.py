@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import hashlib
 import json
 import os
 import shutil
@@ -18,10 +19,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import decode
 import lanes
@@ -39,6 +39,7 @@ import weights
 from asked import Asked, quick
 from shapes import Shapes
 
+HERE = Path(__file__).resolve().parent
 Figures = dict[str, Any]
 STEPS: dict[str, Callable[[Asked], Figures]] = {
     "start": start.run,
@@ -132,12 +133,24 @@ def _make_weights(asked: Asked) -> None:
 
 
 def _done(results: Path, name: str, asked: Asked) -> bool:
-    """Whether this step has results of the same request on the same machine."""
+    """Whether this step has results of the same request, sources and machine."""
     try:
         found = json.loads((results / report.file_of(name)).read_text())
     except (OSError, ValueError):
         return False
-    return bool(found["asked"] == asked.figures() and found["machine"] == machine.describe())
+    now = {"asked": asked.figures(), "machine": machine.describe(), "sources": _sources()}
+    return all(found.get(name) == value for name, value in now.items())
+
+
+@cache
+def _sources() -> str:
+    """Of every file that figures depend on: results of other sources are not gone on with."""
+    total = hashlib.sha256()
+    for place in (HERE, HERE.parent / "moescope"):
+        for path in sorted(place.rglob("*")):
+            if path.suffix in {".py", ".c", ".h"} and not path.name.startswith("cuda_"):
+                total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()[:16]
 
 
 def _write(results: Path, name: str, asked: Asked, figures: Figures) -> None:
@@ -145,6 +158,7 @@ def _write(results: Path, name: str, asked: Asked, figures: Figures) -> None:
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine.describe(),
+        "sources": _sources(),
         "asked": asked.figures(),
         **figures,
     }
