@@ -294,12 +294,11 @@ class Layers:
         spec = self.shared.spec
         width = max((moe.down.shape[-1] for moe in self.moes), default=spec.hidden)
         splits = self.scratch(1)[0].splits if self.shapes else 0
-        beginning = "programmatic launches" if self.pdl else "plain launches"
         return {
             **tiles.configuration(spec.hidden, width, spec.vocab_size),
             "attention": f"triton: {splits} splits, tiles of {attention.BLOCK} keys",
             "router": "triton: one row a program",
-            "step": f"one CUDA graph, {beginning}",
+            "step": "graph: CUDA, programmatic launches" if self.pdl else "graph: CUDA",
         }
 
     def run(self, buffers: Buffers, slot: Mapping[str, Tensor], drawing: str) -> None:

@@ -56,6 +56,8 @@ class GraphStep:
 
     draws = True
 
+    draws = True
+
     def __init__(
         self, shared: Shared, *, graph: bool = True, run_ahead: bool = True, pdl: bool = False
     ) -> None:
