@@ -328,10 +328,7 @@ def _aot(dtype: str, E: int, K: int, *, bias: Any = None, hashed: bool = False) 
 
 
 AOT = {
-    "OLMoE": _aot("*bf16", 64, 8),
     "Qwen3-30B": _aot("*bf16", 128, 8),
-    "every input, any K": _aot("*fp32", 128, 32, bias=True),
-    "DeepSeek-V3": _aot("*fp32", 256, 8, bias=True),
+    "every input, any K, four warps": _aot("*fp32", 1024, 32, bias=True),
     "hashed, not a power of two": _aot("*fp16", 96, 6, hashed=True),
-    "four warps": _aot("*fp32", 1024, 32, bias=True),
 }
