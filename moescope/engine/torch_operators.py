@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.engine.decoder import MLP, Attention, MoE, Norm, Rope
+from moescope.kernels import native_experts
 from moescope.kernels.spec import RouterSpec, Routing
 from moescope.kernels.torch_ops import route_torch
 
@@ -317,19 +318,28 @@ def rounded_gate(gate: Tensor, bits: int) -> Tensor:
     return torch.where(step > 0, torch.round(wide / step) * step, 0.0).to(gate.dtype)
 
 
-def grouped_products(spec: MoE, device: torch.device) -> Callable[..., Tensor] | None:
-    """Experts of all rows in a few launches and without asking the device, where there is one."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return None
-    from moescope.kernels.triton_ops.grouped import experts_grouped
-
+def grouped_products(
+    spec: MoE, gate_up: Tensor, down: Tensor
+) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """(h [R, H], ids [R, K], weights [R, K]) -> [R, H] in a few launches, where there is a kernel:
+    in Triton on CUDA, in C for bfloat16 on a CPU that multiplies it."""
     wiring = spec.router.wiring
-    return partial(
-        experts_grouped,
-        activation=spec.experts.activation,
-        weight_on_input=wiring.apply_router_weight_on_input,
-        combine_dtype=DTYPES[wiring.combine_dtype],
-    )
+    first = wiring.apply_router_weight_on_input
+    if gate_up.is_cuda and find_spec("triton") is not None:
+        from moescope.kernels.triton_ops.grouped import experts_grouped
+
+        activation, combine = spec.experts.activation, DTYPES[wiring.combine_dtype]
+        return lambda h, ids, weights: experts_grouped(
+            *(h.contiguous(), gate_up, down, ids, weights),
+            activation=activation,
+            weight_on_input=first,
+            combine_dtype=combine,
+        )
+    if spec.experts.activation == "silu" and native_experts.covers(gate_up, down):
+        return lambda h, ids, weights: native_experts.experts(
+            h, gate_up, down, ids, weights, weight_on_input=first
+        )
+    return None
 
 
 class TorchExperts:
@@ -338,16 +348,16 @@ class TorchExperts:
     def __init__(self, spec: MoE, weights: Weights, path: str) -> None:
         self.wiring = spec.router.wiring
         self.activation = ACTIVATIONS[spec.experts.activation]
-        self.whole = weights[f"{path}.gate_up"], weights[f"{path}.down"]
-        self.gate_up = self.whole[0].unbind(0)  # E of [2I, H]
-        self.down = self.whole[1].unbind(0)  # E of [H, I]
+        gate_up, down = weights[f"{path}.gate_up"], weights[f"{path}.down"]
+        self.gate_up = gate_up.unbind(0)  # E of [2I, H]
+        self.down = down.unbind(0)  # E of [H, I]
         self.combine = DTYPES[self.wiring.combine_dtype]
-        self.grouped = grouped_products(spec, self.whole[0].device)
+        self.grouped = grouped_products(spec, gate_up, down)
 
     def __call__(self, h: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """h [R, H], ids [R, K] with -1 unused, weights [R, K] -> [R, H]."""
         if self.grouped is not None:
-            return self.grouped(h.contiguous(), *self.whole, ids, weights)
+            return self.grouped(h, ids, weights)
         weights = weights.to(self.combine)
         if h.shape[0] == 1 and not self.wiring.apply_router_weight_on_input:
             return self._one(h, ids[0].tolist(), weights[0])

@@ -76,6 +76,19 @@ class Record(ctypes.Structure):
     )
 
 
+_EXPERTS_INTEGERS = "tokens picks experts hidden width weight_first"
+_EXPERTS_POINTERS = "expert_ids weights h gate_up down out"
+
+
+class Experts(ctypes.Structure):
+    """struct mk_experts: the experts of many rows, in bfloat16."""
+
+    _fields_ = (
+        *((name, _int) for name in _EXPERTS_INTEGERS.split()),
+        *((name, _pointer) for name in _EXPERTS_POINTERS.split()),
+    )
+
+
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, then arguments
     "mk_abi": (_int,),
     "mk_size_of": (ctypes.c_int64, _int),
@@ -90,6 +103,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, then arguments
     "mk_step_destroy": (None, _pointer),
     "mk_step_run": (None, _pointer, _int, *(_pointer,) * 5),
     "mk_linear": (_int, _pointer, _text, _int, _pointer, _int, _int, _pointer, _int, _pointer),
+    "mk_experts_run": (_int, _pointer, _text, _pointer),
     "mk_expect": (_int, _text, _pointer, *(ctypes.c_int64,) * 2, _int, *(_pointer,) * 2),
     "mk_read": (ctypes.c_uint64, _pointer, _text, _pointer, ctypes.c_int64),
 }

@@ -79,6 +79,18 @@ typedef struct {
     float *logits;           /* [N, L, logits_width], or NULL */
 } mk_record;
 
+/* The experts of many rows in bfloat16 (uint16). */
+typedef struct {
+    int32_t tokens, picks, experts, hidden, width; /* T, K, E, H, I; H and I multiples of 32 */
+    int32_t weight_first;      /* inputs are multiplied with the weights, not outputs */
+    const int32_t *expert_ids; /* [T, K]; ids outside 0 .. E - 1 are no experts */
+    const float *weights;      /* [T, K], already rounded to the dtype they are combined in */
+    const void *h;             /* [T, H] */
+    const void *gate_up;       /* [E, 2 I, H] */
+    const void *down;          /* [E, H, I] */
+    void *out;                 /* [T, H] */
+} mk_experts;
+
 typedef struct mk_pool mk_pool;
 typedef struct mk_step mk_step;
 
@@ -103,6 +115,9 @@ MK_EXPORT void mk_step_destroy(mk_step *step);
 MK_EXPORT void mk_step_run(mk_step *step, int32_t count, const int32_t *lanes,
                            const int32_t *starts, const int64_t *token_ids,
                            const mk_record *record, float *logits);
+
+/* 0: done; -1: not with this instruction set or these sizes, or no memory. */
+MK_EXPORT int32_t mk_experts_run(mk_pool *pool, const char *isa, const mk_experts *given);
 
 /* For tests and measurements. y [count, rows] = x [count, cols] times weight [rows, cols], x in
  * float32, values already of `dtype`; GB/s are the caller's to compute. 0: done, -1: no memory. */

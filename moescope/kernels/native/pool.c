@@ -1,10 +1,12 @@
+#define _POSIX_C_SOURCE 200809L /* nanosleep */
+
 #include "pool.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <time.h>
 
 #if defined(__x86_64__) || defined(__i386__)
 #define PAUSE() __builtin_ia32_pause()
@@ -38,6 +40,12 @@ static uint64_t pack(uint64_t serial, uint64_t chunks) { return serial << 32 | c
 static uint64_t serial_of(uint64_t ticket) { return ticket >> 32; }
 static int chunks_of(uint64_t ticket) { return (int)(ticket >> 16 & 0xffff); }
 static int next_of(uint64_t ticket) { return (int)(ticket & 0xffff); }
+
+/* Somebody who has the last chunk was put aside: leave the core, so that he can come here. */
+static void nap(void) {
+    const struct timespec while_away = {0, 50000};
+    nanosleep(&while_away, NULL);
+}
 
 /* Called by the only thread that has a say: the caller before a job, or who did the last chunk. */
 static void publish(mk_pool *pool) {
@@ -88,7 +96,7 @@ static void *stand_by(void *given) {
         } else if (++idle < SPINS_BETWEEN) {
             PAUSE();
         } else if (!atomic_load_explicit(&at.pool->finished, memory_order_acquire)) {
-            sched_yield(); /* a job goes on: more chunks will come */
+            nap(); /* a job goes on: more chunks will come */
         } else {
             sleep_until_a_job(at.pool);
             idle = 0;
@@ -111,7 +119,7 @@ void mk_pool_run(mk_pool *pool, mk_next next, void *job) {
     for (int idle = 0; !atomic_load_explicit(&pool->finished, memory_order_acquire);) {
         if (work(pool, 0)) idle = 0;
         else if (++idle < SPINS_INSIDE) PAUSE();
-        else sched_yield();
+        else nap();
     }
 }
 
