@@ -79,7 +79,8 @@ def _lanes_over_bound(found: dict[str, Figures]) -> Figures | None:
     if not over:
         return None
     worst = max(over, key=lambda name: over[name]["over_bound"])
-    return {"median": over[worst]["over_bound"], "note": f"{worst}, the worst"}
+    noise = {"noisy": True} if over[worst]["cost"].get("noisy") else {}
+    return {"median": over[worst]["over_bound"], "note": f"{worst}, the worst", **noise}
 
 
 TARGETS = (
@@ -89,7 +90,6 @@ TARGETS = (
     Target("pure torch, over llama.cpp", "≥", 1.0, _over(PURE, "decode", LLAMA)),
     Target("pure torch, over transformers' best", "≥", 1.2, _over(PURE, "decode", "transformers")),
     Target("first token, over transformers' best", "≤", 1.05, _over(OURS, "first token", "transf")),
-    Target("first token, over llama.cpp", "≤", 1.0, _over(OURS, "first token", LLAMA)),
     Target("four equal lanes, over one", "≤", 1.40, _at("lanes", "lanes", "4 equal", "cost")),
     Target("lanes, over the bytes of their experts", "≤", 1.10, _lanes_over_bound),
     Target("recording ids, over off", "≤", 1.01, _at("tracing", "cost over off", "ids")),
