@@ -275,9 +275,12 @@ def table(folder: Path, *, markdown: bool = False) -> str:
 
 
 def _machine(found: dict[str, Figures]) -> str:
-    first = next((step for name, step in found.items() if "asked" in step), None)
-    if first is None:
+    steps = [step for step in found.values() if "asked" in step]
+    if not steps:
         return "no results"
+    first = steps[0]
+    alike = all(step.get(n) == first.get(n) for step in steps for n in ("asked", "sources"))
+    mixed = "" if alike else "\nSteps differ in what was asked, or in the sources they measured."
     machine, asked = first["machine"], first["asked"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     return (
@@ -285,7 +288,7 @@ def _machine(found: dict[str, Figures]) -> str:
         f"{asked['threads']} threads, {asked['rounds']} rounds\n"
         f"{machine['processor']} ({', '.join(machine['instructions'])}), {machine['cores']} cores, "
         f"{machine['memory_gb']} GB, {machine['system']}, Python {machine['python']}\n{versions}\n"
-        "Medians; ~ where no turn was quiet."
+        f"Medians; ~ where no turn was quiet.{mixed}"
     )
 
 
