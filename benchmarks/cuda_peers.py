@@ -27,7 +27,7 @@ from cuda_loops import Lanes, Traced
 from cuda_shapes import begin, make, parser, prompt
 from cuda_transformers import MODES, PROMPT, Mode, measure, parity, per_token
 
-MAKING = 150  # seconds a worker may take to import, make weights and measure ours
+MAKING = 200  # seconds a worker may take to import, make weights and measure ours
 GREETING = "result: "
 SPARE = 20  # seconds of the limit left for ending well
 

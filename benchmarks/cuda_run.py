@@ -8,6 +8,7 @@ command. Ends with a table of targets. Installs nothing; needs torch, and pytest
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -130,9 +131,16 @@ def run(step: Step, asked: argparse.Namespace, limit: float) -> int:
         print(f"== {step.name}: stopped after {limit:.0f} s", flush=True)
         return 124
     finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ask first: a step ends what it started in sessions of their own."""
+    for way in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            os.killpg(process.pid, way)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +169,8 @@ def parser(says: str) -> argparse.ArgumentParser:
 
 
 def begin(asked: argparse.Namespace) -> tuple[Report, str]:
-    """The step's report, and the name of its shapes."""
+    """The step's report, and the name of its shapes. From here on SIGTERM ends it in good order."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if asked.device == "cpu":
         with contextlib.suppress(RuntimeError):
             torch.set_num_threads(1)

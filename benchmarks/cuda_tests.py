@@ -23,6 +23,7 @@ from cuda_shapes import begin, parser
 MARK = "mark.gpu"
 KINDS = ("tests", "failures", "errors", "skipped")
 SHOWN = 600  # characters of a failure
+TEST_LIMIT = 300  # seconds: most of them compile
 WORKERS = 8
 AGAIN = 8  # tests of a file that are run alone after they failed
 
@@ -69,13 +70,14 @@ def collected(path: str) -> dict[str, Any]:
 def one(path: str, ends: float) -> dict[str, Any]:
     """Run one file; counts, seconds, what failed, and what of it passes alone."""
     began = time.monotonic()
+    limit = ("--timeout", str(TEST_LIMIT)) if find_spec("pytest_timeout") else ()
     workers = min(WORKERS, os.cpu_count() or 1) if find_spec("xdist") else 0
-    found = ran(path, ends, *(["-n", str(workers)] if workers > 1 else []))
+    found = ran(path, ends, *limit, *(["-n", str(workers)] if workers > 1 else []))
     failed = list(found.get("failed", {}))
     for name in failed[:AGAIN]:
         if time.monotonic() > ends - 30:
             break
-        alone = ran(f"{path}::{name}", ends)
+        alone = ran(f"{path}::{name}", ends, *limit)
         passed = alone.get("tests") == 1 and not alone["failures"] and not alone["errors"]
         found.setdefault("alone", {})[name] = "passed" if passed else "failed"
     return found | {"seconds": round(time.monotonic() - began, 1)}
@@ -91,9 +93,11 @@ def ran(what: str, ends: float, *options: str) -> dict[str, Any]:
         try:
             process.wait(left)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             return {"says": f"stopped after {left:.0f} s", "errors": 1}
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         if not result.exists():
             return {"says": f"pytest ended with {process.returncode}", "errors": 1}
         return read(result)
