@@ -21,6 +21,7 @@ from torch import Tensor
 from moescope.kernels.spec import Routing
 from moescope.kernels.triton_ops import columns as at
 from moescope.kernels.triton_ops.arithmetic import rounded
+from moescope.kernels.triton_ops.gemv import rounded as rounded_like
 from moescope.kernels.triton_ops.router import (
     OUTPUT_TYPES,
     empty,
@@ -73,6 +74,9 @@ def gate_and_route(
     token_ids: Tensor | None = None,
     out: Routing | None = None,
     *,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    applies: str = "model",
     keep_logits: bool = False,
 ) -> Routing:
     """Route hidden [T, H] through the gate [G, E, H] under the rows that `row_of` [T, P] names.
@@ -80,7 +84,8 @@ def gate_and_route(
     As `router.route_rows`, with logits = hidden @ gate.T (+ `gate_bias` [E]): inputs rounded to
     `router_dtype`, products summed in float32, the logits rounded once more. Column `gate` of a
     policy names the copy it reads. `bias`, `per_expert_scale` and `gate_bias` are [E]. Logits that
-    are kept are those of a row's first place. All arrays are contiguous; P is at most 32.
+    are kept are those of a row's first place. `norm` [H] RMS-normalises hidden first, as in
+    `gemv.linear_small`. All arrays are contiguous; P is at most 32.
     """
     (T, H), (G, E, _), P = hidden.shape, gate.shape, row_of.shape[1]
     assert not covers(T, E, K_max) and P <= P_MAX and work.partials.shape[0] == G
@@ -91,6 +96,7 @@ def gate_and_route(
     _gate_and_route[grid](
         hidden,
         gate,
+        norm,
         gate if gate_bias is None else gate_bias,
         rows,
         row_of,
@@ -107,6 +113,8 @@ def gate_and_route(
         DTYPE=DTYPES[router_dtype],
         KEEP=out.logits is not None,
         WAIT=not triton.knobs.runtime.interpret,
+        EPS=eps,
+        APPLIES=applies,
         **options(E),
     )
     return out
@@ -134,6 +142,7 @@ def _launch(
 def _gate_and_route(
     hidden,
     gate,
+    norm,
     gate_bias,
     rows,
     row_of,
@@ -170,14 +179,16 @@ def _gate_and_route(
     DTYPE: tl.constexpr,
     KEEP: tl.constexpr,
     WAIT: tl.constexpr,
+    EPS: tl.constexpr,
+    APPLIES: tl.constexpr,
 ):
     """One program an expert, part of the width and copy of the gate; then one a row and policy."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     if program < G * PARTS * E:
         copy, part, expert = program // (PARTS * E), (program // E) % PARTS, program % E
         _multiply(
-            *(hidden, gate, rows, row_of, partials, copy, part, expert),
-            *(E, T, P, G, PARTS, H, H_PAD, DTYPE),
+            *(hidden, gate, norm, rows, row_of, partials, copy, part, expert),
+            *(E, T, P, G, PARTS, H, H_PAD, DTYPE, EPS, APPLIES),
         )
     tl.debug_barrier()
     ticket = tl.atomic_add(arrivals, 1, sem="acq_rel")
@@ -220,6 +231,7 @@ def _gate_and_route(
 def _multiply(
     hidden,
     gate,
+    norm,
     rows,
     row_of,
     partials,
@@ -234,6 +246,8 @@ def _multiply(
     H: tl.constexpr,
     H_PAD: tl.constexpr,
     DTYPE: tl.constexpr,
+    EPS: tl.constexpr,
+    APPLIES: tl.constexpr,
 ):
     """All rows' products with one part of one expert's gate, if any policy reads that copy."""
     wanted = True
@@ -251,8 +265,20 @@ def _multiply(
         first = (copy * E + expert).to(tl.int64) * H
         w = _as(tl.load(gate + first + h, mask=inside, other=0.0).to(tl.float32), DTYPE)
         for t in tl.static_range(T):
-            x = _as(tl.load(hidden + t * H + h, mask=inside, other=0.0).to(tl.float32), DTYPE)
-            product = tl.sum(x * w)
+            x = tl.load(hidden + t * H + h, mask=inside, other=0.0).to(tl.float32)
+            if norm is not None:
+                squares = 0.0
+                for other in tl.static_range(PARTS):
+                    j = other * WIDTH + i
+                    seen = (i < WIDTH) & (j < H)
+                    y = tl.load(hidden + t * H + j, mask=seen, other=0.0).to(tl.float32)
+                    squares += tl.sum(y * y)
+                x = x * tl.rsqrt(squares / H + EPS)
+                if APPLIES == "model":
+                    x = rounded_like(x, hidden)
+                by = tl.load(norm + h, mask=inside, other=0.0).to(tl.float32)
+                x = rounded_like(x * by, hidden)
+            product = tl.sum(_as(x, DTYPE) * w)
             tl.store(partials + ((copy * PARTS + part) * T + t) * E + expert, product)
 
 
@@ -286,16 +312,29 @@ def _as(x, DTYPE: tl.constexpr):
     return y
 
 
-def _aot(dtype: str, T: int, H: int, E: int, *, G: int = 1, P: int = 1, bias: Any = None) -> Any:
+def _aot(
+    dtype: str,
+    T: int,
+    H: int,
+    E: int,
+    *,
+    G: int = 1,
+    P: int = 1,
+    bias: Any = None,
+    norm: bool = False,
+) -> Any:
     constants, _ = _launch(T, H, E, G, 8, P, bias, None, False)
     types = {"hidden": dtype, "gate": dtype, "gate_bias": dtype, "rows": "*fp32"}
     types |= {"row_of": "*i32", "bias": "*fp32", "scale": "*fp32", "table": "*i32"}
     types |= {"tokens": "*i64", "table_stride": "i32", "partials": "*fp32", "arrivals": "*i32"}
     constants |= {"GATE_BIAS": bias is not None, "DTYPE": 1, "KEEP": True, "WAIT": True}
+    constants |= {"EPS": 1e-6, "APPLIES": "model"} | ({} if norm else {"norm": None})
+    types |= {"norm": dtype} if norm else {}
     return (_gate_and_route, types | OUTPUT_TYPES, constants, options(E))
 
 
 AOT = {
     "Qwen3-30B, 8 rows, 3 gates": _aot("*bf16", 8, 2048, 128, G=3),
+    "Qwen3-30B, 1 row, norm": _aot("*bf16", 1, 2048, 128, norm=True),
     "DeepSeek-V3, 1 row, 5 policies": _aot("*bf16", 1, 7168, 256, P=5, bias=True),
 }
