@@ -34,7 +34,12 @@ _HOMES = {
     "compare": "agreement",
     "gate_logits": "reference",
 }
-_BACKENDS = {"reference": "reference", "torch": "torch_ops", "native": "native_router"}
+_BACKENDS = {
+    "reference": "reference",
+    "torch": "torch_ops",
+    "native": "native_router",
+    "triton": "triton_ops.router",
+}
 
 
 def route(

@@ -28,7 +28,6 @@ from moescope.kernels.triton_ops.arithmetic import (
 
 INF = tl.constexpr(float("inf"))
 LEAST = tl.constexpr(-(2**31))  # the key of what may not be chosen, below that of -inf
-INF_KEY = tl.constexpr(0x7F800000)
 LOW_BITS = tl.constexpr(0xFFFF)
 HIGH_BITS = tl.constexpr(-65536)
 
@@ -72,6 +71,7 @@ def route_row(
     plain = plain & plain_norm & (after | (score_dtype == 0)) & (not HASHED) & (not scaled)
 
     values, scored, biased, last = z, z, z, z
+    finite = K > 0
     if not plain:
         by_logit = after | (func == 3)
         scored, last = _score_all(z, func, passes, score_dtype)
@@ -91,31 +91,34 @@ def route_row(
         values = biased
         if groups > 1:
             values = _limit_groups(biased, policy, groups, flip, E, E_PAD)
+        finite = _largest(z if HASHED else values) < INF
     entropy, top, total = _entropy(last, func)
+    if plain:
+        finite = top < INF
 
     if HASHED:
         ids = tl.load(hashed + slot, mask=slot < K, other=0).to(tl.int32)
-        valid = (tl.max(ordered(z)) < INF_KEY) & (tl.sum((z > -INF).to(tl.int32)) >= K)
+        valid = finite & (tl.sum((z > -INF).to(tl.int32)) >= K)
         above = tl.full([], -INF, tl.float32)
         below, runner_up, picked = above, -1, tl.full([K_PAD], 0.0, tl.float32)
     else:
         picked, ids, above, below, runner_up = _pick(values, K, flip, E_PAD, K_PAD)
-        valid = (tl.max(ordered(values)) < INF_KEY) & (above > -INF)
+        valid = finite & (above > -INF)
     used = (slot < K) & valid
+    margin = above - below
 
     if plain:
         w = tl.where(slot < K, exp_of_difference(picked, top), 0.0)
         if after:
             total = tl.sum(w)
-        else:
-            above = tl.div_rn(exp_of_difference(above, top), total)
-            below = tl.where(below == -INF, below, tl.div_rn(exp_of_difference(below, top), total))
-        scores = rounded(tl.div_rn(w, total), score_dtype)
+        else:  # in scores, and 0 only where the logits are as good as equal
+            margin = tl.exp2((above - top) * LOG2E) * (1.0 - tl.exp2(-margin * LOG2E)) / total
+        scores = rounded(w * (1.0 / total), score_dtype)
         mass = tl.sum(scores)
-        w = scores
+        factor = weight_scale
         if norm:
-            w = tl.div_rn(w, mass + eps)
-        w = w * weight_scale
+            factor = weight_scale / (mass + eps)
+        w = scores * factor
         w = rounded(tl.where(ids >= weightless, 0.0, w), combine_dtype)
         w = tl.where(used, w, 0.0)
         score_sum = tl.sum(w)
@@ -157,7 +160,7 @@ def route_row(
     ids = tl.where(used, ids, -1)
     scores = tl.where(slot < K, tl.where(valid, scores, nan), 0.0)
     score_sum, mass = tl.where(valid, score_sum, nan), tl.where(valid, mass, nan)
-    entropy, margin = tl.where(valid, entropy, nan), tl.where(absent, nan, above - below)
+    entropy, margin = tl.where(valid, entropy, nan), tl.where(absent, nan, margin)
     return ids, scores, w, score_sum, mass, entropy, margin, tl.where(absent, -1, runner_up)
 
 
