@@ -23,11 +23,29 @@ from moescope.engine.interpreter import Router
 from moescope.engine.steps import Policies, Shared
 from moescope.engine.torch_operators import DTYPES, rounded_gate
 from moescope.kernels.spec import Routing
-from moescope.kernels.triton_ops import attention, experts, gemv, norms, router, sampling, tiles
+from moescope.kernels.triton_ops import (
+    attention,
+    experts,
+    gate_router,
+    gemv,
+    norms,
+    sampling,
+    tiles,
+)
 
-LANES = gemv.LANES
+LANES = min(gemv.LANES, gate_router.T_MAX)
+SHADOWS = gate_router.P_MAX - 1
 PROCESSORS = 4  # given work on a CPU, where kernels are interpreted
 Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Memory of kernels for N lanes. Made before a capture and kept: its counters start at 0."""
+
+    attention: attention.Scratch
+    sampling: sampling.Scratch
+    gates: list[gate_router.Scratch]  # of each router
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +54,7 @@ class Pass:
 
     buffers: Buffers
     slot: Mapping[str, Tensor]
-    attention: attention.Scratch
-    sampling: sampling.Scratch
+    scratch: Scratch
     pdl: bool
 
 
@@ -53,13 +70,6 @@ class Before:
         if self.norm is None:
             return {}
         return {"norm": self.weight, "eps": self.norm.eps, "applies": self.norm.applies}
-
-    def alone(self, x: Tensor) -> Tensor:
-        if self.norm is None or self.weight is None:
-            return x
-        out = torch.empty_like(x)
-        norms.rms_norm(x, self.weight, self.norm.eps, self.norm.applies, out=out)
-        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +129,7 @@ class FusedAttention:
             inputs["lanes"],
             inputs["positions"],
             self.shape,
-            step.attention,
+            step.scratch.attention,
             weights=self.norms,
             rotation=shared.rotations.get(self.number),
             out=qkv.new_empty(len(qkv), self.shape.heads * self.shape.head_dim),
@@ -158,7 +168,7 @@ class FusedMoE:
         self.number, self.router, self.wiring = number, spec_of.spec, spec_of.spec.wiring
         self.gate = weights[f"{path}.gate.weight"]
         self.dtype = DTYPES[self.wiring.router_dtype]
-        self.gates = self.gate.to(self.dtype)[None]  # [G, E, H], as stored and rounded
+        self.gates = self.gate[None]  # [G, E, H], as stored and rounded
         self.gate_up = weights[f"{path}.experts.gate_up"]
         self.down = weights[f"{path}.experts.down"]
         self.shared: FusedMLP | None = None
@@ -201,31 +211,21 @@ class FusedMoE:
         return Routing(**arrays, logits=kept)
 
     def hold_gate(self, bits: int) -> None:
-        rounded = rounded_gate(self.gate, bits).to(self.dtype)
-        self.gates = torch.cat((self.gates, rounded[None]))
+        self.gates = torch.cat((self.gates, rounded_gate(self.gate, bits)[None]))
 
     def _route(self, read: Tensor, before: Before, step: Pass, into: Routing) -> None:
         seen = Before(None, None) if self.wiring.router_input == "residual" else before
-        options = seen.riding()
-        if self.dtype is not read.dtype:
-            read, options = seen.alone(read).to(self.dtype), {}
-        logits = gemv.linear_small(read, self.gates.flatten(0, 1), **options, pdl=step.pdl)
-        rows, row_of = step.buffers.rows, step.buffers.row_of[self.number]
-        if len(self.gates) == 1:
-            router.route_rows(logits, rows, row_of, step.buffers.K, out=into)
-        else:
-            self._route_places(logits.view(-1, self.router.E), rows, row_of, into)
-
-    def _route_places(self, logits: Tensor, rows: Tensor, row_of: Tensor, into: Routing) -> None:
-        """Logits [N × G, E], of every gate: each place of a lane has those of its own."""
-        (N, P), G = row_of.shape, len(self.gates)
-        flat = row_of.reshape(N * P, 1)
-        lanes = torch.arange(N, device=logits.device).repeat_interleave(P)
-        own = logits[lanes * G + rows[flat[:, 0].long(), GATE].long()]
-        arrays = {n: getattr(into, n).flatten(0, 1)[:, None] for n in (*PICKS, *SUMS, "runner_up")}
-        router.route_rows(own, rows, flat, into.expert_ids.shape[-1], out=Routing(**arrays))
-        if into.logits is not None:
-            into.logits.copy_(own.view(N, P, -1)[:, 0])
+        gate_router.gate_and_route(
+            read,
+            self.gates,
+            step.buffers.rows,
+            step.buffers.row_of[self.number],
+            step.buffers.K,
+            step.scratch.gates[self.number],
+            self.dtype,
+            out=into,
+            **seen.riding(),
+        )
 
     def _shared(self, read: Tensor, before: Before, step: Pass) -> Tensor | None:
         if self.shared is None:
@@ -268,15 +268,16 @@ class Layers:
         self.moes = [run for run in every if isinstance(run, FusedMoE)]
         self.shapes = [run.shape for run in every if isinstance(run, FusedAttention)]
         self.gates = {0: 0}  # bits a gate is rounded to -> which of a router's gates it is
-        self._scratch: dict[int, tuple[attention.Scratch, sampling.Scratch]] = {}
+        self._scratch: dict[int, Scratch] = {}
 
-    def scratch(self, lanes: int) -> tuple[attention.Scratch, sampling.Scratch]:
-        """Made before a capture and kept: it holds counters that must start at 0."""
+    def scratch(self, lanes: int) -> Scratch:
         if lanes not in self._scratch:
             device, vocabulary = self.shared.device, self.shared.spec.vocab_size
-            self._scratch[lanes] = (
+            gates = [moe.gates.shape for moe in self.moes]
+            self._scratch[lanes] = Scratch(
                 attention.Scratch.of(self.shapes, lanes, device, processors(device)),
                 sampling.Scratch.of(lanes, vocabulary, device),
+                [gate_router.scratch(lanes, E, H, G, device) for G, E, H in gates],
             )
         return self._scratch[lanes]
 
@@ -287,24 +288,25 @@ class Layers:
             self.gates[bits] = len(self.gates)
             for moe in self.moes:
                 moe.hold_gate(bits)
+            self._scratch.clear()
         return bool(missing)
 
     def kernels(self) -> dict[str, str]:
         """Operator -> kernel and its configuration."""
         spec = self.shared.spec
         width = max((moe.down.shape[-1] for moe in self.moes), default=spec.hidden)
-        splits = self.scratch(1)[0].splits if self.shapes else 0
+        splits = self.scratch(1).attention.splits
         return {
             **tiles.configuration(spec.hidden, width, spec.vocab_size),
             "attention": f"triton: {splits} splits, tiles of {attention.BLOCK} keys",
-            "router": "triton: one row a program",
+            "router": "triton, with its gate",
             "step": "graph: CUDA, programmatic launches" if self.pdl else "graph: CUDA",
         }
 
     def run(self, buffers: Buffers, slot: Mapping[str, Tensor], drawing: str) -> None:
         """One token of each lane: from the inputs of `buffers` into `slot` and the inputs of the
         token after it."""
-        step = Pass(buffers, slot, *self.scratch(buffers.lanes), self.pdl)
+        step = Pass(buffers, slot, self.scratch(buffers.lanes), self.pdl)
         inputs = buffers.inputs.device
         x = F.embedding(inputs["token_ids"], self.embed)
         for layer in self.layers:
@@ -317,7 +319,7 @@ class Layers:
         gemv.linear_small(x, self.head, out=logits, **self.final.riding(), pdl=self.pdl)
         sampling.greedy(
             logits,
-            step.sampling,
+            step.scratch.sampling,
             drawn=drawn,
             token_ids=inputs["token_ids"],
             positions=inputs["positions"],
@@ -391,4 +393,6 @@ def why_not(shared: Shared) -> str:
         return f"rows of more than {tiles.WIDEST} values: no fused form"
     if not shared.routers:
         return "no router: no fused form"
-    return next(filter(None, (router.covers(r.spec.E, picks(shared)) for r in shared.routers)), "")
+    return next(
+        filter(None, (gate_router.covers(1, r.spec.E, picks(shared)) for r in shared.routers)), ""
+    )

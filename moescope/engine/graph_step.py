@@ -22,6 +22,7 @@ from moescope.engine.graph_layers import Layers
 from moescope.engine.graph_slots import SLOTS, Buffers, joined
 from moescope.engine.interpreter import Draw, StepOutput
 from moescope.engine.steps import Shared
+from moescope.errors import MoescopeError
 from moescope.trace.frames import RecordLevel
 
 Drawing = Literal["greedy", "plain", "ranked"]  # ranked: some lane has a top-k or a top-p
@@ -182,6 +183,8 @@ class GraphStep:
         draws: tuple[Draw, ...] | None,
     ) -> Launched:
         shadows = len(self.shared.policies.shadows)
+        if shadows > graph_layers.SHADOWS:
+            raise MoescopeError(f"shadow variants: at most {graph_layers.SHADOWS} on a GPU")
         kind = Kind(len(lanes), shadows, record == "logits", _drawing(draws))
         buffers = self._of(kind)
         if self.layers.hold_gates(self.shared.policies):
