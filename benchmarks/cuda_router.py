@@ -40,8 +40,10 @@ CASES: tuple[tuple[int, int, int, dict[str, Any]], ...] = (  # T, E, K, policy
     (4096, 128, 8, {"norm_topk_prob": True}),
     (8192, 512, 10, {"norm_topk_prob": True}),
 )
-FIRST = ("copy", "torch chain", "ours", "ours, 4 shadows")
+FIRST = ("copy", "torch chain", "ours", "ours, 4 shadows", "gate, torch chain", "gate, ours")
 LAST = ("torch.compile", "torch_ops")  # of what may fail in a capture, after everything else
+GATED = ("gate, torch chain", "gate, ours")  # with the gate's product before it, for few rows
+WIDTH, FEW = 2048, 8
 SLOW_ON_CPU = ("ours, 4 shadows", "torch.compile")  # interpreted kernels, a compiler of C++
 Work = Callable[[], Any]
 
@@ -72,12 +74,14 @@ def measure(
         "torch chain": lambda: lambda: chain(logits, bias, spec.policy),
         "ours": lambda: ours(logits, bias, spec)[0],
         "ours, 4 shadows": lambda: ours(logits, bias, spec, places=5)[0],
+        "gate, torch chain": lambda: gated_chain(T, bias, spec, device, chain),
+        "gate, ours": lambda: gated(T, bias, spec, device),
         "torch.compile": lambda: compiled(chain, logits, bias, spec.policy),
         "torch_ops": lambda: lambda: route_torch(logits, spec, correction_bias=bias),
     }
     calls = (64 if T < 4096 else 16) if device == "cuda" else 1
     for name in contenders:
-        if device == "cpu" and name in SLOW_ON_CPU:
+        if (device == "cpu" and name in SLOW_ON_CPU) or (name in GATED and T > FEW):
             continue
         try:
             found[name] = clock.in_graph(works[name](), device, calls=calls) * 1e6
@@ -140,6 +144,34 @@ def ours(
     row_of = torch.arange(places, dtype=torch.int32, device=device).repeat(T, 1)
     out = empty(T, places, spec.K, device)
     return lambda: route_rows(logits, rows, row_of, spec.K, bias, out=out), out
+
+
+def gate_inputs(T: int, E: int, device: str) -> tuple[Tensor, Tensor]:
+    """hidden [T, H] and the gate's weight [E, H]."""
+    generator = torch.Generator(device).manual_seed(E)
+    hidden = torch.randn(T, WIDTH, generator=generator, device=device)
+    gate = torch.randn(E, WIDTH, generator=generator, device=device) * 2 * WIDTH**-0.5
+    return hidden.bfloat16(), gate.bfloat16()
+
+
+def gated_chain(T: int, bias: Tensor | None, spec: RouterSpec, device: str, chain: Any) -> Work:
+    hidden, gate = gate_inputs(T, spec.E, device)
+    return lambda: chain(torch.nn.functional.linear(hidden, gate).float(), bias, spec.policy)
+
+
+def gated(T: int, bias: Tensor | None, spec: RouterSpec, device: str) -> Work:
+    """Both in one launch."""
+    from moescope.kernels.triton_ops.gate_router import gate_and_route, scratch
+    from moescope.kernels.triton_ops.router import empty
+
+    hidden, gate = gate_inputs(T, spec.E, device)
+    rows = torch.from_numpy(pack_rows([spec])).float().to(device)
+    row_of = torch.zeros(T, 1, dtype=torch.int32, device=device)
+    work, out = scratch(T, spec.E, WIDTH, 1, device), empty(T, 1, spec.K, device)
+    copies = gate.unsqueeze(0)
+    return lambda: gate_and_route(
+        hidden, copies, rows, row_of, spec.K, work, torch.bfloat16, bias=bias, out=out
+    )
 
 
 def disagreements(logits: Tensor, bias: Tensor | None, spec: RouterSpec) -> int:

@@ -70,11 +70,11 @@ def main() -> int:
             print(f"== {step.name}: done before, skipped (--again runs it)", flush=True)
             continue
         left = asked.budget - (time.monotonic() - began)
-        if left < min(step.expected, step.limit):
+        if left < min(step.expected, asked.limit):
             print(f"== {step.name}: not started, {left:.0f} s are left", flush=True)
             continue
         print(f"== {step.name}: {step.says}", flush=True)
-        if (code := run(step, asked, min(step.limit, left))) != 0:
+        if (code := run(step, asked, min(step.limit, asked.limit, left))) != 0:
             failed.append(step.name)
             print(f"== {step.name}: ended with {code}", flush=True)
     kept = () if asked.tiny else (results.KEPT,)
@@ -92,7 +92,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the steps and end")
     parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results)")
     parser.add_argument("--again", action="store_true", help="also steps that are done")
-    parser.add_argument("--budget", type=float, default=1e9, help="start no step beyond, seconds")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds for all steps")
+    parser.add_argument("--limit", type=float, default=540, help="seconds for a step, at most")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes: a try of the programs")
     asked = parser.parse_args()

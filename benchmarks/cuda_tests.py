@@ -70,7 +70,9 @@ def collected(path: str) -> dict[str, Any]:
 def one(path: str, ends: float) -> dict[str, Any]:
     """Run one file; counts, seconds, what failed, and what of it passes alone."""
     began = time.monotonic()
-    limit = ("--timeout", str(TEST_LIMIT)) if find_spec("pytest_timeout") else ()
+    limit: tuple[str, ...] = ()
+    if find_spec("pytest_timeout"):  # from a thread: a call that waits for the device hears nothing
+        limit = ("--timeout", str(TEST_LIMIT), "--timeout-method", "thread")
     workers = min(WORKERS, os.cpu_count() or 1) if find_spec("xdist") else 0
     found = ran(path, ends, *limit, *(["-n", str(workers)] if workers > 1 else []))
     failed = list(found.get("failed", {}))

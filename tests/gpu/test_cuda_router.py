@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-K_MAX = 32
+K_MAX, REPEATS = 32, 20
 CHOICES: dict[str, tuple[Any, ...]] = {
     "logits_dtype": ("float32", "bfloat16", "float16"),
     "router_logit_scale": (1.0, 0.5),
@@ -173,6 +173,36 @@ def test_rows_of_different_policies_and_of_none() -> None:
                 }
             )
             assert agreement.compare(route(logits[mine], spec), part, spec, logits[mine]) == []
+
+
+@pytest.mark.parametrize("E, H", [(64, 2048), (128, 2048), (60, 1000), (256, 7168)])
+@pytest.mark.parametrize("T", [1, 3, 8])
+def test_gate_and_router_in_one_launch(E: int, H: int, T: int) -> None:
+    """Its logits are the product, and its routing is what the definition makes of them; launched
+    again and again, because the last programs of a launch wait for the others."""
+    from moescope.kernels.triton_ops.gate_router import gate_and_route, scratch
+
+    K, policies = 8, ({}, {"norm_topk_prob": True})
+    specs = [
+        RouterSpec(RouterPolicy(K, **edits), RouterWiring(E)).resolved("bfloat16")
+        for edits in policies
+    ]
+    rows = torch.from_numpy(pack_rows(specs)).float().to(DEVICE)
+    row_of = torch.tensor([[0, 1]] * T, dtype=torch.int32, device=DEVICE)
+    work = scratch(T, E, H, 1, DEVICE)
+    random = np.random.default_rng(E + T)
+    gate = torch.from_numpy(random.normal(0, 2 * H**-0.5, (1, E, H))).to(DEVICE, torch.bfloat16)
+    for _ in range(REPEATS):
+        hidden = torch.from_numpy(random.normal(0, 1, (T, H))).to(DEVICE, torch.bfloat16)
+        found = gate_and_route(
+            hidden, gate, rows, row_of, K, work, torch.bfloat16, keep_logits=True
+        )
+        exact = hidden.double() @ gate[0].double().T
+        assert (found.logits.double() - exact).abs().max() <= exact.abs().max() * 2.0**-8
+        logits = found.logits.cpu().numpy()
+        for place, spec in enumerate(specs):
+            expected = route(logits, spec)
+            assert agreement.compare(expected, on_host(found, place, spec), spec, logits) == []
 
 
 def test_ids_from_a_table() -> None:
