@@ -27,6 +27,7 @@ from moescope.kernels.triton_ops.arithmetic import (
 )
 
 INF = tl.constexpr(float("inf"))
+INF_KEY = tl.constexpr(0x7F800000)
 LEAST = tl.constexpr(-(2**31))  # the key of what may not be chosen, below that of -inf
 LOW_BITS = tl.constexpr(0xFFFF)
 HIGH_BITS = tl.constexpr(-65536)
@@ -91,10 +92,10 @@ def route_row(
         values = biased
         if groups > 1:
             values = _limit_groups(biased, policy, groups, flip, E, E_PAD)
-        finite = _largest(z if HASHED else values) < INF
+        finite = tl.max(ordered(z if HASHED else values)) < INF_KEY
     entropy, top, total = _entropy(last, func)
     if plain:
-        finite = top < INF
+        finite = ordered(top) < INF_KEY
 
     if HASHED:
         ids = tl.load(hashed + slot, mask=slot < K, other=0).to(tl.int32)
