@@ -88,14 +88,14 @@ def _attend(
     k_weight,
     cos,  # [capacity, D], of the dtype they are applied in
     sin,
-    cache,  # [2, lanes, KV, capacity, D]
+    all_keys,  # [lanes, KV, capacity, D]
+    all_values,
     lanes,  # [N] int32, which row of the cache
     positions,  # [N] int32, where the token stands
     parts,  # [N × KV, SPLITS, G, D] float32
     stats,  # [N × KV, SPLITS, G, 2] float32, maximum and sum
     counts,  # [N × KV] int32, 0 between launches
     out,  # [N, KV × G × D]
-    cache_lanes,
     capacity,
     scale,  # of scores, × log2 e
     clip,
@@ -165,8 +165,8 @@ def _attend(
         q = _turned(q, partner, c[None, :], s[None, :], ROPE_WIDE, dtype)
 
     lane = tl.load(lanes + n).to(tl.int64)
-    keys = cache + (lane * KV + head) * capacity * D
-    values = keys + cache_lanes.to(tl.int64) * KV * capacity * D
+    keys = all_keys + (lane * KV + head) * capacity * D
+    values = all_values + (lane * KV + head) * capacity * D
     top = tl.full([G_PAD], float("-inf"), tl.float32)
     total = tl.zeros([G_PAD], tl.float32)
     acc = tl.zeros([G_PAD, D_PAD], tl.float32)
@@ -318,14 +318,14 @@ def attend(
         k_weight,
         cos,
         sin,
-        cache,
+        cache[0],
+        cache[1],
         lanes,
         positions,
         scratch.parts,
         scratch.stats,
         scratch.counts,
         out,
-        cache.shape[1],
         cache.shape[3],
         shape.scale * LOG2_E,
         shape.clip or 0.0,
@@ -356,9 +356,10 @@ def attend(
 
 
 def _case(dtype: str, **constexprs: object) -> tuple[object, ...]:
-    types = {name: f"*{dtype}" for name in ("qkv", "q_weight", "k_weight", "cos", "sin", "cache")}
-    types |= {"out": f"*{dtype}", "lanes": "*i32", "positions": "*i32", "counts": "*i32"}
-    types |= {"parts": "*fp32", "stats": "*fp32", "cache_lanes": "i32", "capacity": "i32:16"}
+    types = {name: f"*{dtype}" for name in ("qkv", "q_weight", "k_weight", "cos", "sin")}
+    types |= {name: f"*{dtype}" for name in ("all_keys", "all_values", "out")}
+    types |= {"lanes": "*i32", "positions": "*i32", "counts": "*i32"}
+    types |= {"parts": "*fp32", "stats": "*fp32", "capacity": "i32:16"}
     types |= {name: "fp32" for name in ("scale", "clip", "q_eps", "k_eps")}
     plain = {
         "PDL": False,
