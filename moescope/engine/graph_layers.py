@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.engine.decoder import MLP, RESIDUAL, Attention, Branch, MoE, Norm
-from moescope.engine.graph_slots import GATE, PICKS, SUMS, Buffers, picks
+from moescope.engine.graph_slots import GATE, Buffers, picks
 from moescope.engine.interpreter import Router
 from moescope.engine.steps import Policies, Shared
 from moescope.engine.torch_operators import DTYPES, rounded_gate
@@ -184,7 +184,7 @@ class FusedMoE:
     def __call__(
         self, read: Tensor, held: Tensor | None, before: Before, after: After, step: Pass
     ) -> Tensor:
-        routing = self._routing(step)
+        routing = step.buffers.routing(step.slot, self.number)
         self._route(read, before, step, routing)
         y = experts.experts_small(
             read,
@@ -200,15 +200,6 @@ class FusedMoE:
             pdl=step.pdl,
         )
         return after.rest(y, held)
-
-    def _routing(self, step: Pass) -> Routing:
-        """This router's place in the slot."""
-        arrays = {name: step.slot[name][self.number] for name in (*PICKS, *SUMS, "runner_up")}
-        kept = step.slot.get("router_logits")
-        if kept is not None:
-            N, E = step.buffers.lanes, self.router.E
-            kept = kept[self.number, : N * E].view(N, E)
-        return Routing(**arrays, logits=kept)
 
     def hold_gate(self, bits: int) -> None:
         self.gates = torch.cat((self.gates, rounded_gate(self.gate, bits)[None]))

@@ -21,7 +21,7 @@ from torch import Tensor
 from moescope.engine.interpreter import Draw, StepOutput
 from moescope.engine.steps import K_LIMIT, Shared
 from moescope.kernels.policy_rows import COLUMN, WIDTH
-from moescope.kernels.spec import RouterSpec
+from moescope.kernels.spec import RouterSpec, Routing
 from moescope.trace.frames import RecordLevel
 
 ALIGNMENT = 256  # bytes; what torch's allocator gives
@@ -93,8 +93,12 @@ def picks(shared: Shared) -> int:
 
 class Buffers:
     """Inputs and slots of steps with N lanes and S shadow variants, with or without the routers'
-    logits in the slots. `row_of` [L, N, P] says which of `rows` [N × P × L, WIDTH] each router
-    routes each lane under."""
+    logits in the slots. `row_of` [N, P] of each router says which of `rows` [N × P × L, WIDTH] it
+    routes each lane under, and `output_scales` [N] what its experts' sum is multiplied by.
+
+    What a router reads or writes begins at a multiple of 16 bytes: else Triton would compile its
+    kernels once for routers where it does and once for the others.
+    """
 
     def __init__(self, shared: Shared, lanes: int, shadows: int, logits: bool) -> None:
         self.shared, self.lanes, self.places, self.logits = shared, lanes, 1 + shadows, logits
@@ -107,22 +111,37 @@ class Buffers:
             {name: ((N, 1), torch.float64) for name in (*FILTERS, "uniform")}, device
         )
         self.rows = torch.zeros(N * P * L, WIDTH, dtype=torch.float32, device=device)
-        places = torch.arange(N * P * L, dtype=torch.int32, device=device).view(N, P, L)
-        self.row_of = places.permute(2, 0, 1).contiguous()
-        self.output_scales = torch.ones(L, N, dtype=torch.float32, device=device)
+        row_of = torch.zeros(L, _aligned(N * P), dtype=torch.int32, device=device)
+        places = torch.arange(N * P * L, dtype=torch.int32, device=device).view(N * P, L)
+        row_of[:, : N * P] = places.T
+        self.row_of = [row[: N * P].view(N, P) for row in row_of]
+        self._scales = torch.ones(L, _aligned(N), dtype=torch.float32, device=device)
+        self.output_scales = [row[:N] for row in self._scales]
         self._policies: tuple[Any, ...] = ()  # what `rows` was written for
         real, whole = torch.float32, torch.int32
         fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            name: ((L, N, P, self.K), whole if name == "expert_ids" else real) for name in PICKS
+            name: ((L, _aligned(N * P * self.K)), whole if name == "expert_ids" else real)
+            for name in PICKS
         }
-        fields |= {name: ((L, N, P), real) for name in SUMS}
-        fields["runner_up"] = ((L, N, P), whole)
+        fields |= {name: ((L, _aligned(N * P)), real) for name in SUMS}
+        fields["runner_up"] = ((L, _aligned(N * P)), whole)
         fields["drawn"] = ((N,), torch.int64)
         fields["logits"] = ((N, shared.spec.vocab_size), real)
         if logits:
-            fields["router_logits"] = ((L, N * self.widest), real)
+            fields["router_logits"] = ((L, _aligned(N * self.widest)), real)
         self.slots = [Block(fields, device) for _ in range(SLOTS)]
         self.turn = 0
+
+    def routing(self, slot: Mapping[str, Tensor], number: int) -> Routing:
+        """A router's place in the device memory of a slot."""
+        N, P, K, E = self.lanes, self.places, self.K, self.shared.routers[number].spec.E
+        shapes = {name: (N, P, K) for name in PICKS} | {name: (N, P) for name in SUMS}
+        shapes |= {"runner_up": (N, P)} | ({"router_logits": (N, E)} if self.logits else {})
+        arrays = {
+            name: slot[name][number, : prod(shape)].view(shape) for name, shape in shapes.items()
+        }
+        logits = arrays.pop("router_logits", None)
+        return Routing(**arrays, logits=logits)
 
     def write_policies(self, lanes: tuple[int, ...], gates: Mapping[int, int]) -> None:
         """Bring `rows` up to date for `lanes`; `gates` says which gate holds how many bits."""
@@ -133,7 +152,7 @@ class Buffers:
             table[:, GATE] = [gates[int(bits)] for bits in table[:, GATE]]
             self.rows.copy_(torch.from_numpy(table))
             scales = table[:, OUTPUT_SCALE].reshape(self.lanes, self.places, -1)[:, 0].T
-            self.output_scales.copy_(torch.from_numpy(scales.copy()))
+            self._scales[:, : self.lanes] = torch.from_numpy(scales.copy()).to(self._scales.device)
             self._policies = wanted
 
     def write_sampling(self, draws: Sequence[Draw]) -> None:
@@ -148,7 +167,7 @@ class Buffers:
         """What the step in `slot` said, once it has arrived, in arrays of its own."""
         block, policies = self.slots[slot], self.shared.policies
         block.wait()
-        host, wanted = block.host, record != "ids"
+        host, wanted = self._arrived(block.host), record != "ids"
         K = _most(policies.specs[lane] for lane in lanes)
         ids = host["expert_ids"][:, :, 0, :K]
         invalid = (ids[..., 0] < 0).any(axis=1)
@@ -164,6 +183,13 @@ class Buffers:
             drawn=host["drawn"].copy() if drawn else None,
             **(self._shadows(host, wanted) if self.places > 1 else {}),
         )
+
+    def _arrived(self, host: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """[L, N, P, K] and [L, N, P] without what aligns them."""
+        N, P, K = self.lanes, self.places, self.K
+        picks = {name: host[name][:, : N * P * K].reshape(-1, N, P, K) for name in PICKS}
+        rows = {n: host[n][:, : N * P].reshape(-1, N, P) for n in (*SUMS, "runner_up")}
+        return {**host, **picks, **rows}
 
     def _shadows(self, host: Mapping[str, NDArray[Any]], wanted: bool) -> dict[str, Any]:
         """[N, 1, S, L, ...]"""
@@ -208,6 +234,11 @@ def joined(outs: Sequence[StepOutput]) -> StepOutput:
         )
     invalid = [out.invalid_router for out in outs if out.invalid_router is not None]
     return replace(outs[0], **arrays, invalid_router=min(invalid, default=None))
+
+
+def _aligned(numbers: int) -> int:
+    """Numbers of four bytes up to a multiple of 16 bytes."""
+    return -(-numbers // 4) * 4
 
 
 def _by_lane(array: NDArray[Any], dtype: Any) -> NDArray[Any]:
