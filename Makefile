@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+NATIVE := $(wildcard moescope/kernels/native/*)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: run test check conformance bench gpu shots clean
@@ -43,11 +44,11 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/.run: .venv/bin/python pyproject.toml constraints.txt
+.venv/.run: .venv/bin/python pyproject.toml constraints.txt $(NATIVE)
 	$(PIP) -e .
 	@touch $@
 
-.venv/.test: .venv/bin/python pyproject.toml constraints.txt
+.venv/.test: .venv/bin/python pyproject.toml constraints.txt $(NATIVE)
 	$(PIP) -e '.[test]'
 	@touch $@ .venv/.run
 

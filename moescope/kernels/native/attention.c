@@ -118,6 +118,7 @@ void mk_attend_chunk(void *step, int index, int thread) {
         float *partial = scratch->other[g] - MK_PAD;
         partial[0] = most;
         partial[1] = s->isa->exp_sum(scores, keys, most);
+        mk_round_row(scores, keys, s->dtype); /* as every framework does before the mix */
         memset(scratch->other[g], 0, (size_t)D * sizeof(float));
     }
     s->isa->mix[s->dtype](cache + values_at * s->item, (size_t)D, keys, D, scratch->rows, group,
