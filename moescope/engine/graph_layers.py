@@ -384,6 +384,20 @@ def why_not(shared: Shared) -> str:
         return f"rows of more than {tiles.WIDEST} values: no fused form"
     if not shared.routers:
         return "no router: no fused form"
-    return next(
-        filter(None, (gate_router.covers(1, r.spec.E, picks(shared)) for r in shared.routers)), ""
-    )
+    refused = [gate_router.covers(1, router.spec.E, picks(shared)) for router in shared.routers]
+    return next(filter(None, refused), "") or trial(shared.device)
+
+
+def trial(device: str) -> str:
+    """Why Triton does not run on a device, or "": it needs a C compiler, Python's headers, and a
+    device it knows, and says so only when the first kernel is launched."""
+    if device == "cpu":
+        return ""
+    x = torch.ones(1, 16, device=device)
+    try:
+        with torch.cuda.device(device):
+            norms.rms_norm(x, x[0], 1e-6, "model", out=torch.empty_like(x))
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        return f"Triton: {first or type(error).__name__}"
+    return ""

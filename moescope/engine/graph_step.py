@@ -10,6 +10,7 @@ behind the ends of the lanes. Policies are data: no toggle captures anything aga
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -102,18 +103,27 @@ class GraphStep:
         draws: Sequence[Draw] | None = None,
     ) -> StepOutput:
         """See `steps.Step`. More lanes than the kernels take go in parts, without running ahead."""
-        if len(lanes) > graph_layers.LANES:
-            return self._in_parts(lanes, starts, token_ids, record, draws)
-        drawn_after = None if draws is None else tuple(draws)
-        launched = self._found(lanes, starts, token_ids, record, drawn_after)
+        with nullcontext() if self._copies is None else torch.cuda.device(self.shared.device):
+            if len(lanes) > graph_layers.LANES:
+                return self._in_parts(lanes, starts, token_ids, record, draws)
+            known = None if draws is None else tuple(draws)
+            return self._step(lanes, starts, token_ids, record, known)
+
+    def _step(
+        self,
+        lanes: tuple[int, ...],
+        starts: tuple[int, ...],
+        token_ids: NDArray[np.int64],
+        record: RecordLevel,
+        draws: tuple[Draw, ...] | None,
+    ) -> StepOutput:
+        launched = self._found(lanes, starts, token_ids, record, draws)
         self._ahead = None
         if launched is None:
-            launched = self._begin(lanes, starts, token_ids, record, drawn_after)
-        if self.run_ahead and drawn_after is not None:
+            launched = self._begin(lanes, starts, token_ids, record, draws)
+        if self.run_ahead and draws is not None:
             self._ahead = self._go_on(launched)
-        output = self._of(launched.kind).output(
-            launched.slot, lanes, record, drawn_after is not None
-        )
+        output = self._of(launched.kind).output(launched.slot, lanes, record, draws is not None)
         self._drawn = output.drawn
         return output
 
