@@ -36,6 +36,7 @@ class Child:
         settings = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
+            "THP_MEM_ALLOC_ENABLE": "1",  # torch on huge pages: what moescope asks for itself
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
             "PYTHONWARNINGS": "ignore",

@@ -48,7 +48,6 @@ class Engine:
     ) -> Figures:
         """A headless run. `first` ends when the first token is drawn, a step when its frames are
         built, handed to the recorder, and the next tokens are drawn."""
-        self._set_shadows(shadows)
         path = Path(self.folder.name) / "run.moetrace"
         writer = None if record == "off" else self._writer(path, record)
         try:
@@ -60,6 +59,7 @@ class Engine:
                 max_context=CONTEXT,
                 variants=tuple(variants),
                 same_tokens=same_tokens,
+                shadows=shadows,
             )
             request = Generate(prompt_ids=tuple(prompt), sampling=Sampling(max_new_tokens=tokens))
             first, steps, frames = _timed(session, request)
@@ -71,7 +71,7 @@ class Engine:
             if writer is not None:
                 writer.close()
             path.unlink(missing_ok=True)
-            self._set_shadows(())
+            self.model.interpreter.set_shadows(())
         ids = [[frame.expert_ids.tolist() for frame in step] for step in frames]
         return {
             "first": first,
@@ -106,13 +106,6 @@ class Engine:
         interpreter.truncate(0, 0)
         interpreter.set_policies(0, policies_of("trained", interpreter.routers, interpreter.dtype))
         return interpreter
-
-    def _set_shadows(self, shadows: tuple[str, ...]) -> None:
-        interpreter = self.model.interpreter
-        if not shadows and not hasattr(interpreter, "set_shadows"):
-            return
-        routers, dtype = interpreter.routers, interpreter.dtype
-        interpreter.set_shadows([policies_of(shadow, routers, dtype) for shadow in shadows])
 
     def _writer(self, path: Path, record: str) -> Any:
         request = LoadRequest(self.request.model, trace_path=str(path), force=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/keys.md", "docs/variants.md")
+PAGES = ("README.md", "docs/keys.md", "docs/performance.md", "docs/variants.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -122,7 +123,16 @@ def _key_table(keys: Iterable[Any]) -> str:
     return table(("key", "does"), ((f"`{key}`", text) for key, text in rows.items()))
 
 
+def cpu() -> str:
+    """What `make bench` measured last."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import report
+
+    return str(report.table(ROOT / "benchmarks/results", markdown=True)) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "cpu": cpu,
     "families": families,
     "conformance": conformance,
     "variants": variants,

@@ -238,10 +238,13 @@ def _empty(shape: tuple[int, ...], target: str, found: Inspected) -> Tensor:
 
     device = found.device_of(target)
     try:
-        return torch.empty(shape, dtype=getattr(torch, found.dtype), device=device)
+        tensor = torch.empty(shape, dtype=getattr(torch, found.dtype), device=device)
     except (RuntimeError, MemoryError) as error:
         memory = {**found.memory, "free": devices.free_bytes(device)}
         raise devices.out_of_memory(memory) from error
+    if tensor.device.type == "cpu":
+        devices.ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def _rows(target: Tensor, piece: Piece) -> Tensor:

@@ -48,9 +48,10 @@ class NativeStep:
         if shared.dtype != "bfloat16":
             name = name.removesuffix("-bf16")  # which multiplies bfloat16 only
         self.kernels = {
+            "step": f"native: {name}, {self._threads} threads",
             "attention": f"native {name}",
             "router": "native",
-            "experts": f"native {name}, {self._threads} threads",
+            "experts": f"native {name}",
         }
         if shared.lanes:
             self.opened()
@@ -67,7 +68,10 @@ class NativeStep:
         if not native.available():
             return f"MOESCOPE_ISA={os.environ.get('MOESCOPE_ISA')}: this CPU lacks it"
         for index, router in enumerate(shared.routers):
-            asked = router.spec.wiring.router_dtype
+            policy, wiring = router.spec.policy, router.spec.wiring
+            if policy.correction_bias != "none" or policy.per_expert_scale or wiring.hash_table:
+                return "correction_bias, per_expert_scale, hash_table: no fused form"
+            asked = wiring.router_dtype
             if asked not in ("float32", shared.dtype):
                 return f"router_dtype {asked}: no fused form in a {shared.dtype} model"
             if router.spec.E > MOST_EXPERTS or _picks(shared, index) > MOST_PICKS:
@@ -122,14 +126,10 @@ class NativeStep:
 
     def _rounded_gate(self, router: int, bits: int) -> int:
         """The address of a gate's copy, rounded as `TorchMoE` rounds it."""
-        import torch
+        from moescope.engine.torch_operators import rounded_gate
 
         if (router, bits) not in self._kept:
-            gate = self._kept[router, 0]
-            wide = gate.double()
-            step = wide.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-            rounded = torch.where(step > 0, torch.round(wide / step) * step, 0.0)
-            self._kept[router, bits] = rounded.to(gate.dtype).contiguous()
+            self._kept[router, bits] = rounded_gate(self._kept[router, 0], bits).contiguous()
         return self._kept[router, bits].data_ptr()
 
     def __call__(

@@ -5,6 +5,9 @@ The several devices are the CPU under several names: nothing here has run on sev
 
 from __future__ import annotations
 
+import mmap
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +111,22 @@ def test_where_tensors_live(folder: Path) -> None:
     assert found.device_of("head.weight") == found.device_of("embed.weight") == "cpu:0"
     assert found.device_of("layers.3.mlp.gate.weight") == "cpu:1"
     assert found.facts["devices"] == ["cpu:0", "cpu:1"]
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="a system without huge pages")
+def test_huge_pages_are_asked_for_where_they_matter() -> None:
+    """The system marks memory it was asked about (hg); small or odd requests do no harm."""
+    memory = mmap.mmap(-1, 8 << 20)
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    devices.ask_for_huge_pages(address + 64, (8 << 20) - 64)
+    devices.ask_for_huge_pages(address, 100)
+    devices.ask_for_huge_pages(1 << 46, 16 << 20)  # nobody's
+    regions = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    ours = [after for before, after in pairwise(regions) if _holds(before, address + 8192)]
+    assert len(ours) == 1 and " hg" in ours[0].splitlines()[0]
+
+
+def _holds(region: str, address: int) -> bool:
+    head = next(line for line in region.splitlines() if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line))
+    low, high = (int(part, 16) for part in head.split()[0].split("-"))
+    return low <= address < high

@@ -1,7 +1,7 @@
 /* Phases made of matrix-vector products: segments, each cut into chunks of rows. */
 #include "step.h"
 
-enum { CHUNK_BYTES = 128 << 10, LEAST_BYTES = 16 << 10 };
+enum { CHUNK_BYTES = 256 << 10, LEAST_BYTES = 16 << 10 };
 
 /* Chunks large enough to read memory in long runs, and small enough that threads end together. */
 int mk_rows_per_chunk(const mk_step *s, int rows, size_t row_bytes) {
