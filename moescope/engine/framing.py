@@ -33,7 +33,7 @@ def frame_of(
     kl, agrees = None, None
     if first is not None and after is not None:
         kl = sampling.divergence(first, after)
-        agrees = bool(first.logits.argmax() == after.logits.argmax())
+        agrees = first.likeliest_id() == after.likeliest_id()
     return Frame(
         sequence=sequence,
         lane=lane.index,

@@ -61,6 +61,8 @@ class Expectation:
 
     def rank(self, token: int) -> int:
         """1 for the most likely token; equal logits rank by id."""
+        if self.best is not None and (places := np.flatnonzero(self.best == token)).size:
+            return 1 + int(places[0])
         value = self.logits[token]
         above = int(np.count_nonzero(self.logits > value))
         return 1 + above + int(np.count_nonzero(self.logits[:token] == value))
@@ -70,6 +72,10 @@ class Expectation:
         known = self.best is not None and count <= len(self.best)
         ids = self.best[:count] if known else largest(self.logits, count)  # type: ignore[index]
         return tuple((int(i), float(self.logits[i]) - self.log_sum) for i in ids)
+
+    def likeliest_id(self) -> int:
+        """The most likely token, the lower id of equal logits."""
+        return int(self.logits.argmax() if self.best is None else self.best[0])
 
     def logprobs(self) -> NDArray[np.float32]:
         return self.logits - np.float32(self.log_sum)
@@ -88,6 +94,10 @@ def expectations(logits: NDArray[np.float32]) -> list[Expectation | None]:
 
 def divergence(reference: Expectation, other: Expectation) -> float:
     """KL(reference || other) in nats, never below 0."""
+    sums = reference.log_sum, other.log_sum
+    fast = native_ops.divergence(reference.logits, other.logits, *sums)
+    if fast is not None and not math.isnan(fast):
+        return max(0.0, fast)
     p, q = reference.logprobs(), other.logprobs()
     # Where the reference gives nothing there is nothing to lose; where only the other gives
     # nothing the divergence is infinite.
@@ -139,7 +149,7 @@ def choose(expected: Expectation, sampling: Sampling, position: int) -> int:
     change of the logits seldom changes the token.
     """
     if sampling.temperature == 0.0:
-        return int(expected.logits.argmax())
+        return expected.likeliest_id()
     ids, weights = candidates(expected, sampling)
     steps = np.cumsum(weights)
     drawn = int(np.searchsorted(steps, uniform(sampling.seed, position) * steps[-1], side="right"))

@@ -279,7 +279,7 @@ class Session:
             if not routed:
                 self._stop_invalid(lane, output.score_sum[row, column])
                 break
-        if lane.expected is not None:  # the row is a view of the whole chunk
+        if lane.expected is not None and width > 1:  # the row is a view of the whole chunk
             lane.expected = replace(lane.expected, logits=lane.expected.logits.copy())
         self.newest[lane.index] = frames[-1]
         return frames

@@ -103,6 +103,10 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, then arguments
     "mk_step_destroy": (None, _pointer),
     "mk_step_run": (None, _pointer, _int, *(_pointer,) * 5),
     "mk_linear": (_int, _pointer, _text, _int, _pointer, _int, _int, _pointer, _int, _pointer),
+    "mk_divergence": (
+        *(ctypes.c_double, _text, _pointer, _pointer),
+        *(ctypes.c_int64, ctypes.c_double, ctypes.c_double),
+    ),
     "mk_experts_run": (_int, _pointer, _text, _pointer),
     "mk_expect": (_int, _text, _pointer, *(ctypes.c_int64,) * 2, _int, *(_pointer,) * 2),
     "mk_read": (ctypes.c_uint64, _pointer, _text, _pointer, ctypes.c_int64),
@@ -233,3 +237,15 @@ def expect(
     address, out = logits.ctypes.data, (log_sum.ctypes.data, ids.ctypes.data)
     failed = found.mk_expect(wanted_isa(), address, rows, size, count, *out)
     return None if failed else (log_sum, ids)
+
+
+def divergence(
+    p: NDArray[np.float32], q: NDArray[np.float32], log_sum_p: float, log_sum_q: float
+) -> float | None:
+    """KL(P || Q) in nats of two rows of logits [V] with their log partition sums; None without a
+    library."""
+    found = library()
+    if found is None or not (p.flags.c_contiguous and q.flags.c_contiguous):
+        return None
+    where = p.ctypes.data, q.ctypes.data
+    return float(found.mk_divergence(wanted_isa(), *where, len(p), log_sum_p, log_sum_q))

@@ -62,6 +62,23 @@ def test_expectations_of_many_rows_are_those_of_each(rows: np.ndarray) -> None:
             assert [i for i, _ in found.likeliest(12)] == [i for i, _ in wanted.likeliest(12)]
 
 
+@given(
+    arrays(
+        np.float32, (2, 90), elements=st.sampled_from([-np.inf, -9.0, -1.0, 0.0, 0.25, 3.0, 11.0])
+    )
+    | arrays(np.float32, (2, 2100), elements=st.floats(-30, 30, width=32))
+)
+def test_divergence_in_c_is_that_in_numpy(rows: np.ndarray) -> None:
+    a, b = (Expectation.of(row) for row in rows)
+    if a is None or b is None:
+        return
+    found = divergence(a, b)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MOESCOPE_NATIVE", "0")
+        wanted = divergence(a, b)
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
 def test_expectations_without_the_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.random.default_rng(0).normal(size=(3, 5000)).astype(np.float32)
     fast = expectations(rows)

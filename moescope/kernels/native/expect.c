@@ -67,3 +67,26 @@ int32_t mk_expect(const char *isa, const float *logits, int64_t rows, int64_t n,
     }
     return 0;
 }
+
+double mk_divergence(const char *isa, const float *p, const float *q, int64_t n, double log_sum_p,
+                     double log_sum_q) {
+    const mk_isa *set = mk_choose_isa(isa);
+    if (set == NULL) return NAN;
+    float apart = (float)(log_sum_q - log_sum_p);
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; i += PIECE) {
+        float share[PIECE], sums[16] = {0};
+        int size = (int)(n - i < PIECE ? n - i : PIECE), j = 0;
+        memcpy(share, p + i, (size_t)size * sizeof *share);
+        set->exp_sum(share, size, (float)log_sum_p);
+        for (; j + 16 <= size; j += 16)
+            for (int k = 0; k < 16; k++) {
+                float term = share[j + k] * (p[i + j + k] - q[i + j + k] + apart);
+                sums[k] += share[j + k] > 0.0f ? term : 0.0f;
+            }
+        for (; j < size; j++)
+            if (share[j] > 0.0f) sums[0] += share[j] * (p[i + j] - q[i + j] + apart);
+        for (int k = 0; k < 16; k++) sum += sums[k];
+    }
+    return sum;
+}

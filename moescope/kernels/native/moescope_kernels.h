@@ -131,4 +131,9 @@ MK_EXPORT uint64_t mk_read(mk_pool *pool, const char *isa, const void *from, int
 MK_EXPORT int32_t mk_expect(const char *isa, const float *logits, int64_t rows, int64_t n,
                             int32_t count, double *log_sum, int32_t *ids);
 
+/* sum of P (log P - log Q) over two rows of logits with their log partition sums; infinite where
+ * only Q gives nothing. NaN: the instruction set is not there. */
+MK_EXPORT double mk_divergence(const char *isa, const float *p, const float *q, int64_t n,
+                               double log_sum_p, double log_sum_q);
+
 #endif
