@@ -1,4 +1,4 @@
-"""The GPU suite's programs on a CPU and in small shapes: figures without worth, programs that run."""
+"""The GPU suite on a CPU in small shapes: figures without worth, programs that run."""
 
 from __future__ import annotations
 
