@@ -34,7 +34,6 @@ class LoadRequest:
 
     model: str
     device: str = "auto"  # auto | cpu | cuda | mlx
-    devices: tuple[str, ...] = ()  # instead of `device`: layers split over cuda:0, cuda:1, ...
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     record: RecordLevel = "logits"
     trace_path: str | None = None
@@ -42,6 +41,7 @@ class LoadRequest:
     durable: bool = False
     force: bool = False  # replace `trace_path` if it exists
     max_context: int = 4096
+    devices: tuple[str, ...] = ()  # instead of `device`: layers split over cuda:0, cuda:1, ...
 
 
 # --- commands, screen to engine -----------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""How often the screen draws: 15 times a second, fewer when it cannot keep up or nobody looks.
+"""How often the screen draws: 15 times a second, 10 where it shares few cores with an engine, fewer
+when it cannot keep up or nobody looks.
 
 Counts beats, holds no timer and reads no clock itself.
 """
@@ -6,6 +7,7 @@ Counts beats, holds no timer and reads no clock itself.
 from __future__ import annotations
 
 RATES = (15.0, 8.0, 4.0)
+FEW_CORES, FEW_RATES = 4, (10.0, 6.0, 4.0)
 AWAY = 2.0  # when the terminal has lost the focus: still alive in a window beside
 LATE = 1.5  # periods
 LATE_BEATS, GOOD_BEATS = 5, 150
@@ -14,7 +16,8 @@ LATE_BEATS, GOOD_BEATS = 5, 150
 class Clock:
     """`beat` once a tick; `rate` is what the timer should run at now."""
 
-    def __init__(self) -> None:
+    def __init__(self, cores: int = FEW_CORES + 1) -> None:
+        self.rates = RATES if cores > FEW_CORES else FEW_RATES
         self.away = False
         self.measured = 0.0  # beats a second, smoothed
         self._step = 0
@@ -24,7 +27,7 @@ class Clock:
 
     @property
     def rate(self) -> float:
-        return AWAY if self.away else RATES[self._step]
+        return AWAY if self.away else self.rates[self._step]
 
     def beat(self, now: float) -> bool:
         """Note a tick at `now` seconds; True when `rate` changed."""
@@ -39,7 +42,7 @@ class Clock:
             self._late, self._good = self._late + 1, 0
         else:
             self._late, self._good = 0, self._good + 1
-        if self._late >= LATE_BEATS and self._step < len(RATES) - 1:
+        if self._late >= LATE_BEATS and self._step < len(self.rates) - 1:
             self._step, self._late = self._step + 1, 0
         elif self._good >= GOOD_BEATS and self._step > 0:
             self._step, self._good = self._step - 1, 0

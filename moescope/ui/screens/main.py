@@ -6,6 +6,7 @@ cursor is lives in `Looking`, what keys do in `MainKeys`, how panels look in the
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -57,7 +58,7 @@ class MainScreen(MainKeys):
         self.pace = Pace()
         self.playing = False
         self.tour: Tour | None = None  # what the demo does until a key is pressed
-        self.clock = Clock()
+        self.clock = Clock(os.cpu_count() or 1)
         self.now = now or time.monotonic
         self._cells = Cells()
         self._drawn: dict[str, object] = {}  # panel -> what it was drawn from
