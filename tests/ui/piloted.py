@@ -28,7 +28,7 @@ FACTS = {
 }
 
 
-async def wait_for(pilot: Pilot[Any], condition: Callable[[], bool], turns: int = 400) -> None:
+async def wait_for(pilot: Pilot[Any], condition: Callable[[], bool], turns: int = 1500) -> None:
     """Let the application run until `condition` holds."""
     for _ in range(turns):
         if condition():
