@@ -20,12 +20,14 @@ class Tally:
     sums: dict[str, _Sums] = field(default_factory=dict)
 
     def add(self, frame: Any) -> None:
+        if not frame.shadow:
+            return
         import numpy as np
 
-        for name, shadow in (frame.shadow or {}).items():
+        mine = [set(row[row >= 0]) for row in frame.expert_ids]
+        for name, shadow in frame.shadow.items():
             sums = self.sums.setdefault(name, _Sums())
             decided = np.isfinite(shadow["score_sum"])
-            mine = [set(row[row >= 0]) for row in frame.expert_ids]
             others = [set(row[row >= 0]) for row in shadow["expert_ids"]]
             pairs = zip(decided, mine, others, strict=True)
             sums.decisions += int(decided.sum())

@@ -98,9 +98,10 @@ class TorchDecoder:
             self.step, self.why_no_step = fused_step(self.shared)
         self.draws = self.step is not None and self.step.draws
         if self.step is not None:
-            self.kernels = {**self.step.kernels, "prompts": "torch"}
+            self.kernels = dict(self.step.kernels)
         else:
             self.kernels["step"] = f"torch: {self.why_no_step}"
+        self.kernels["prompts"] = "torch" + self._grouped_experts()
 
     def _build(self, weights: Mapping[str, Tensor], devices: Sequence[str]) -> list[Stage]:
         dtype = ops.DTYPES[self.dtype]
@@ -127,6 +128,12 @@ class TorchDecoder:
                 branches.append((pre, run, post, branch))
             stages.append(Stage(devices[number], branches))
         return stages
+
+    def _grouped_experts(self) -> str:
+        """What beside torch runs the experts of many rows."""
+        runs = [branching[1] for stage in self._stages for branching in stage.branches]
+        grouped = [run for run in runs if isinstance(run, ops.TorchMoE) and run.experts.grouped]
+        return (", experts native" if self.device == "cpu" else ", experts triton") * bool(grouped)
 
     # --- lanes ------------------------------------------------------------------------------
 
