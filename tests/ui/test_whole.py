@@ -40,6 +40,7 @@ async def test_a_run_is_watched_saved_and_opened_again(tmp_path, monkeypatch):
         await pilot.press("i", *"once", "enter")
         await wait_for(pilot, lambda: bool(watch.finished), 2000)
         await wait_for(pilot, lambda: held(watch) >= 20, 2000)
+        await pilot.pause(2.0)  # the last frames are drawn at the pace of the screen
         cells = app.main.query_one(Transcript).data.cells
         assert [cell.position for cell in cells] == list(range(len(cells)))
         for name in ("saved.moetrace", "saved.jsonl"):
