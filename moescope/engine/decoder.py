@@ -33,7 +33,8 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How frequencies are stretched. `attention_factor` multiplies cos and sin."""
+    """How frequencies are stretched. `attention_factor` multiplies cos and sin; where longrope has
+    an mscale of its own for short or long lanes, that does. `factor` is alpha for `alpha`."""
 
     kind: Literal["linear", "yarn", "llama3", "longrope", "proportional", "alpha"]
     factor: float = 1.0
@@ -46,6 +47,9 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    short_mscale: float = 0.0  # 0: attention_factor
+    long_mscale: float = 0.0
+    rotated_dims: int = 0  # of proportional: the other dims stand still
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +209,9 @@ class MLP:
     glu: bool = True
     bias: bool = False
     limit: float = 0.0  # clamps gate and up; 0: none
-    limit_site: Literal["before", "after"] = "before"
+    limit_site: Literal["before", "after"] = "before"  # the activation of the gate
+    alpha: float = 1.0  # of swiglu_oai: gate * sigmoid(alpha * gate)
+    up_shift: float = 0.0  # added to up before the product
 
     def state(self) -> tuple[State, ...]:
         return ()
@@ -235,6 +241,8 @@ class MoE:
     experts: Experts
     shared: MLP | None = None
     output_bias: bool = False  # learned, added after the sum
+    router_norm: Norm | None = None  # of a router that reads the residual through its own norm
+    sums_in_float32: bool = False  # routed and shared output, added before they are rounded
 
     def state(self) -> tuple[State, ...]:
         return ()

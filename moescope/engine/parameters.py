@@ -8,8 +8,9 @@ A slot is one tensor as the interpreters want it; `parts` are what it is stacked
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal
 
 from moescope.engine.decoder import (
     MLA,
@@ -33,7 +34,8 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True, slots=True)
 class Slot:
     """`says` names each dimension in the words of a config, for messages about a misfit. Where
-    `per_expert`, the first dimension counts experts and the parts are `gate`, `up`, `down` of each.
+    `per_expert`, the first dimension counts experts and the parts are `gate`, `up`, `down` of each
+    (`gate_bias`, `up_bias`, `down_bias` of the experts' biases). `dtype` is what it is held in.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Slot:
     parts: tuple[tuple[str, int], ...]  # (name, rows), in order
     says: tuple[str, ...]
     per_expert: bool = False
+    dtype: Literal["model", "float32"] = "model"
 
     @property
     def elements(self) -> int:
@@ -94,15 +97,18 @@ def _of_branch(path: str, branch: Branch) -> Iterator[Slot]:
         parts = slot.parts
         if not slot.per_expert:
             parts = tuple((f"{path}.{name}", rows) for name, rows in parts)
-        yield Slot(f"{path}.{slot.name}", slot.shape, parts, slot.says, slot.per_expert)
+        yield replace(slot, name=f"{path}.{slot.name}", parts=parts)
     yield from _of_norm(f"{path}.post_norm", branch.post_norm)
 
 
-def _of_norm(path: str, norm: Norm | None) -> Iterator[Slot]:
+_HEADS = "num_attention_heads × head_dim"
+
+
+def _of_norm(path: str, norm: Norm | None, says: str = "hidden_size") -> Iterator[Slot]:
     if norm is not None and norm.weight:
-        yield _plain(f"{path}.weight", (norm.width,), "hidden_size")
+        yield _plain(f"{path}.weight", (norm.width,), says)
     if norm is not None and norm.bias:
-        yield _plain(f"{path}.bias", (norm.width,), "hidden_size")
+        yield _plain(f"{path}.bias", (norm.width,), says)
 
 
 def _of_operator(operator: Operator) -> Iterator[Slot]:
@@ -151,8 +157,8 @@ def _of_attention(a: Attention) -> Iterator[Slot]:
             parts = tuple((f"{name}.{kind}", count) for name, count in rows)
             yield Slot(f"qkv.{kind}", shape, parts, (wide, "hidden_size")[: len(shape)])
     if a.qk_norm is not None:
-        yield _norm_weight("q_norm", a.qk_norm)
-        yield _norm_weight("k_norm", a.kv_norm or a.qk_norm)
+        yield from _of_norm("q_norm", a.qk_norm, _HEADS)
+        yield from _of_norm("k_norm", a.kv_norm or a.qk_norm, _HEADS)
     if a.sinks:
         yield _plain("sinks", (a.heads,), "num_attention_heads")
     if a.gate in _GATE_ROWS:
@@ -186,10 +192,13 @@ def _of_moe(m: MoE) -> Iterator[Slot]:
     if wiring.gate_bias:
         yield _plain("gate.bias", (classes,), "num_experts")
     if m.router.policy.correction_bias != "none":
-        yield _plain("gate.correction_bias", (classes,), "num_experts")
+        yield _float32("gate.correction_bias", classes, "num_experts")
     if m.router.policy.per_expert_scale:
         yield _plain("gate.per_expert_scale", (classes,), "num_experts")
     hidden = experts.hidden or m.hidden
+    if hidden != m.hidden:
+        yield _plain("latent_down.weight", (hidden, m.hidden), "moe_latent_size", "hidden_size")
+        yield _plain("latent_up.weight", (m.hidden, hidden), "hidden_size", "moe_latent_size")
     names = ("gate", "up") if experts.glu else ("up",)
     says = ("num_experts", "moe_intermediate_size", "hidden_size")
     yield Slot(
@@ -206,6 +215,21 @@ def _of_moe(m: MoE) -> Iterator[Slot]:
         (says[0], says[2], says[1]),
         per_expert=True,
     )
+    if experts.bias:
+        yield Slot(
+            "experts.gate_up_bias",
+            (wiring.num_experts, len(names) * experts.width),
+            tuple((f"{name}_bias", experts.width) for name in names),
+            says[:2],
+            per_expert=True,
+        )
+        yield Slot(
+            "experts.down_bias",
+            (wiring.num_experts, hidden),
+            (("down_bias", hidden),),
+            (says[0], says[2]),
+            per_expert=True,
+        )
     if m.shared is not None:
         yield from _of_mlp(m.shared, "shared_expert.")
         if wiring.shared_expert_gate == "sigmoid":
@@ -282,6 +306,10 @@ def _of_routed_attention(a: RoutedAttention) -> Iterator[Slot]:
 
 def _plain(name: str, shape: Shape, *says: str) -> Slot:
     return Slot(name, shape, ((name, shape[0]),), says)
+
+
+def _float32(name: str, size: int, says: str) -> Slot:
+    return Slot(name, (size,), ((name, size),), (says,), dtype="float32")
 
 
 def _norm_weight(name: str, norm: Norm) -> Slot:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moescope.engine.decoder import DecoderSpec
 from moescope.engine.interpreter import Draw, Router, StepOutput
+from moescope.engine.limits import why_not_fused
 from moescope.kernels.policy_rows import WIDTH, pack
 from moescope.kernels.spec import RouterSpec
 from moescope.trace.frames import RecordLevel
@@ -119,6 +120,8 @@ class Step(Protocol):
 
 def fused_step(shared: Shared) -> tuple[Step | None, str]:
     """The fused step for a decoder, or None and why there is none."""
+    if why := why_not_fused(shared.spec):
+        return None, why
     place, name = STEPS["cpu" if shared.device.startswith("cpu") else "cuda"]
     try:
         kind = getattr(import_module(place), name)

@@ -1,7 +1,7 @@
 """The torch interpreter of `DecoderSpec`: CPU and CUDA, whole or layer by layer on several devices.
 
 It owns lanes (their lengths, policies and cache rows), runs the layers' branches, and collects what
-every router decided. The operators are in `torch_operators.py`; where a fused step covers the
+every router decided. The operators are in `torch_operators`; where a fused step covers the
 decoder (`steps.py`), single tokens go through that. It never asks for a model type: what a spec
 asks for and is not in here is refused by the name of the field.
 """
@@ -20,25 +20,23 @@ from torch import Tensor
 
 from moescope.engine import torch_operators as ops
 from moescope.engine.decoder import (
-    MLP,
     RESIDUAL,
-    Attention,
     Branch,
     DecoderSpec,
     MoE,
-    Norm,
+    Rope,
+    RoutedAttention,
     state_bytes,
 )
 from moescope.engine.interpreter import Draw, Router, StepOutput
+from moescope.engine.limits import refuse_unsupported
 from moescope.engine.steps import K_LIMIT, Policies, Shared, Step, fused_step
-from moescope.engine.torch_limits import refuse_unsupported
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterPolicy, RouterSpec, Routing
 from moescope.trace.frames import RecordLevel
 
-Branching = tuple[
-    Callable[[Tensor], Tensor] | None, Any, Callable[[Tensor], Tensor] | None, Branch
-]  # pre-norm, operator, post-norm
+Normalise = Callable[[Tensor], Tensor] | None
+Branching = tuple[Normalise, ops.TorchOperator, Normalise, Branch]  # pre-norm, operator, post-norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +45,7 @@ class Stage:
 
     device: str
     branches: list[Branching]
+    scale: Tensor | None  # of the residual after the layer
 
 
 class TorchDecoder:
@@ -74,15 +73,17 @@ class TorchDecoder:
         self.kernels = {"attention": "torch sdpa", "router": "torch", "experts": "torch"}
         self._embed = weights["embed.weight"]
         self._head = weights["embed.weight" if spec.tied_head else "head.weight"]
-        self._final = _norm(spec.final_norm, weights, "final_norm")
+        self._head_bias = weights.get("head.bias")
+        self._final = ops.load_norm(spec.final_norm, weights, "final_norm")
         self._stages = self._build(weights, devices or [device] * len(spec.layers))
         self._devices = sorted({stage.device for stage in self._stages} | {device})
-        self._attentions: list[tuple[str, ops.TorchAttention]] = [
-            (stage.device, branching[1])
-            for stage in self._stages
-            for branching in stage.branches
-            if isinstance(branching[1], ops.TorchAttention)
+        self._operators = [
+            (stage.device, branching[1]) for stage in self._stages for branching in stage.branches
         ]
+        self._attentions: list[tuple[str, ops.TorchAttention]] = [
+            (device, run) for device, run in self._operators if isinstance(run, ops.TorchAttention)
+        ]
+        self._ropes = self._rotary_embeddings()
         self._tables: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # (device, rope's id)
         self._lengths: list[int] = []
         self._interned: dict[RouterSpec, RouterSpec] = {}
@@ -105,28 +106,21 @@ class TorchDecoder:
 
     def _build(self, weights: Mapping[str, Tensor], devices: Sequence[str]) -> list[Stage]:
         dtype = ops.DTYPES[self.dtype]
-        index = 0
+        routers = 0
         stages: list[Stage] = []
         for number, layer in enumerate(self.spec.layers):
             branches: list[Branching] = []
             for branch in layer.branches:
-                path = f"layers.{number}.{branch.name}"
-                run: Any
-                match branch.operator:
-                    case Attention() as attention:
-                        run = ops.TorchAttention(attention, weights, path, dtype)
-                    case MLP() as mlp:
-                        run = ops.TorchMLP(mlp, weights, f"{path}.")
-                    case MoE() as moe:
-                        moe = replace(moe, router=self.routers[index].spec)
-                        run = ops.TorchMoE(moe, weights, path, index)
-                        index += 1
-                    case other:
-                        raise AssertionError(f"{type(other).__name__} should have been refused")
-                pre = _norm(branch.pre_norm, weights, f"{path}.pre_norm")
-                post = _norm(branch.post_norm, weights, f"{path}.post_norm")
+                path, operator = f"layers.{number}.{branch.name}", branch.operator
+                if isinstance(operator, MoE | RoutedAttention):
+                    operator = replace(operator, router=self.routers[routers].spec)
+                run = ops.OPERATORS[type(operator)](operator, weights, path, dtype, routers)
+                routers += isinstance(operator, MoE | RoutedAttention)
+                pre = ops.load_norm(branch.pre_norm, weights, f"{path}.pre_norm")
+                post = ops.load_norm(branch.post_norm, weights, f"{path}.post_norm")
                 branches.append((pre, run, post, branch))
-            stages.append(Stage(devices[number], branches))
+            scale = weights[f"layers.{number}.scale"] if layer.learned_scale else None
+            stages.append(Stage(devices[number], branches, scale))
         return stages
 
     def _grouped_experts(self) -> str:
@@ -145,8 +139,8 @@ class TorchDecoder:
             return
         with torch.inference_mode():
             try:
-                for device, attention in self._attentions:
-                    attention.open(lanes, capacity, device)
+                for device, operator in self._operators:
+                    operator.open(lanes, capacity, device)
             except (RuntimeError, MemoryError) as error:
                 size = self.cache_bytes(lanes, capacity) / 1e9
                 raise MoescopeError(
@@ -166,16 +160,25 @@ class TorchDecoder:
     def _rotate(self, capacity: int) -> None:
         """Tables of the rotary embeddings for `capacity` positions, on every device."""
         self._tables = {}
-        self.shared.rotations = {}
-        for number, (device, attention) in enumerate(self._attentions):
-            if (rope := attention.spec.rope) is None:
-                continue
-            key = (device, id(rope))
-            if key not in self._tables:
-                cos, sin = ops.rotary_table(rope, capacity, device)
-                dtype = torch.float32 if rope.applies == "float32" else ops.DTYPES[self.dtype]
-                self._tables[key] = cos.to(dtype), sin.to(dtype)
-            self.shared.rotations[number] = self._tables[key]
+        for device, rope in self._ropes:
+            cos, sin = ops.rotary_table(rope, capacity, device)
+            dtype = torch.float32 if rope.applies == "float32" else ops.DTYPES[self.dtype]
+            self._tables[device, id(rope)] = cos.to(dtype), sin.to(dtype)
+        self.shared.rotations = {
+            number: self._tables[device, id(attention.spec.rope)]
+            for number, (device, attention) in enumerate(self._attentions)
+            if attention.spec.rope is not None
+        }
+
+    def _rotary_embeddings(self) -> list[tuple[str, Rope]]:
+        """The rotary embeddings and the devices they are needed on, each once."""
+        found = {
+            (stage.device, id(rope)): rope
+            for stage in self._stages
+            for _, _, _, branch in stage.branches
+            if (rope := getattr(branch.operator, "rope", None)) is not None
+        }
+        return [(device, rope) for (device, _), rope in found.items()]
 
     def set_policies(self, lane: int, policies: Sequence[RouterPolicy]) -> None:
         """From the next call on, `lane` routes under these, one per router."""
@@ -195,10 +198,11 @@ class TorchDecoder:
                 raise MoescopeError(
                     f"num_experts_per_tok: expected 1..{limit}, found {policy.num_experts_per_tok}"
                 )
-            if policy.correction_bias != "none" or policy.per_expert_scale:
-                raise MoescopeError(
-                    "correction_bias, per_expert_scale: this model has no tensor for them"
-                )
+            trained = router.spec.policy
+            for name in ("correction_bias", "per_expert_scale"):
+                off = RouterPolicy.__dataclass_fields__[name].default
+                if getattr(policy, name) != off == getattr(trained, name):
+                    raise MoescopeError(f"{name}: this model has no tensor for it")
             spec = RouterSpec(policy, router.spec.wiring).resolved(self.dtype)
             specs.append(self._intern(spec))
         return specs
@@ -221,8 +225,8 @@ class TorchDecoder:
         assert 0 <= length <= self._lengths[source]
         if source != target:
             with torch.inference_mode():
-                for _, attention in self._attentions:
-                    attention.copy(source, target, length)
+                for _, operator in self._operators:
+                    operator.copy(source, target, length)
         self._lengths[target] = length
         self.shared.edits += 1
 
@@ -281,15 +285,27 @@ class TorchDecoder:
         calls = self._prepare(lanes, ids, keep_logits=record == "logits")
         first = calls[self.device]
         x = F.embedding(first.token_ids, self._embed)  # [R, H]
+        if self.spec.embedding_scale != 1.0:
+            x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)
+        taps = {RESIDUAL: x}
         for stage in self._stages:
-            x = _run_layer(stage.branches, x.to(stage.device), calls[stage.device])
-        x = x.to(self.device).view(len(lanes), first.tokens, -1)
+            taps = _run_layer(stage, taps, calls[stage.device], self.spec.carried)
+        x = taps[RESIDUAL].to(self.device).view(len(lanes), first.tokens, -1)
         if not all_logits:
             x = x[:, -1:]
         shape = x.shape[:2]
         x = x.flatten(0, 1)
-        logits = ops.linear(self._final(x) if self._final else x, self._head).view(*shape, -1)
+        x = self._final(x) if self._final else x
+        logits = self._scaled(ops.linear(x, self._head, self._head_bias)).view(*shape, -1)
         return _collect(first, logits, record)
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        spec = self.spec
+        if spec.logit_scale != 1.0:
+            logits = logits * spec.logit_scale
+        if spec.logit_softcap:
+            logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
+        return logits
 
     def _check(self, lanes: tuple[int, ...], ids: NDArray[np.int64]) -> None:
         """Ids are known and there is room, in every lane."""
@@ -324,18 +340,31 @@ class TorchDecoder:
                 starts,
                 tokens,
                 torch.from_numpy(ids).flatten().to(device),
+                positions,
                 self._grouped(device, lanes, tokens),
                 self.policies.shadows,
                 keep_logits,
                 routings,
                 shadows,
                 {
-                    rope: (cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
-                    for (place, rope), (cos, sin) in self._tables.items()
+                    id(rope): self._rotation(rope, device, positions, starts, tokens)
+                    for place, rope in self._ropes
                     if place == device
                 },
             )
         return calls
+
+    def _rotation(
+        self, rope: Rope, device: str, positions: Tensor, starts: tuple[int, ...], tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of every row [R, 1, dims]."""
+        cos, sin = self._tables[device, id(rope)]
+        if ops.switches(rope):
+            assert rope.scaling is not None
+            long = [start + tokens > rope.scaling.original_context for start in starts]
+            shift = torch.tensor(long, device=device).repeat_interleave(tokens)
+            positions = positions + shift * self.shared.capacity
+        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
 
     def _grouped(self, device: str, lanes: tuple[int, ...], tokens: int) -> list[ops.Groups]:
         """Per router, the rows of lanes that route under the same spec."""
@@ -359,24 +388,25 @@ class TorchDecoder:
         return every
 
 
-def _run_layer(branches: list[Branching], x: Tensor, call: ops.Call) -> Tensor:
-    taps = {RESIDUAL: x}
-    for pre, run, post, branch in branches:
-        read = taps[branch.reads]
-        h = read if pre is None else pre(read)
-        if isinstance(run, ops.TorchMoE):
-            y = run(h, read, call)
-        elif isinstance(run, ops.TorchAttention):
-            y = run(h, call)
-        else:
-            y = run(h)
+def _run_layer(
+    stage: Stage, taps: dict[str, Tensor], call: ops.Call, carried: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The taps after a layer: the residual, and those that live on."""
+    taps = {name: value.to(stage.device) for name, value in taps.items()}
+    call.taps = taps
+    for pre, run, post, branch in stage.branches:
+        call.read = taps[branch.reads]
+        h = call.read if pre is None else pre(call.read)
+        y = run(h, call)
         if post is not None:
             y = post(y)
         if branch.multiplier != 1.0:
             y = y * branch.multiplier
         held = taps.get(branch.adds_to)
         taps[branch.adds_to] = y if held is None else held + y
-    return taps[RESIDUAL]
+    if stage.scale is not None:
+        taps[RESIDUAL] = taps[RESIDUAL] * stage.scale
+    return {name: value for name, value in taps.items() if name in (RESIDUAL, *carried)}
 
 
 def _collect(call: ops.Call, logits: Tensor, record: RecordLevel) -> StepOutput:
@@ -452,9 +482,3 @@ def _merge(outs: list[StepOutput]) -> StepOutput:
     invalid = [out.invalid_router for out in outs if out.invalid_router is not None]
     arrays = {f.name: joined(f.name) for f in fields(StepOutput) if f.name != "invalid_router"}
     return StepOutput(**arrays, invalid_router=min(invalid, default=None))  # type: ignore[arg-type]
-
-
-def _norm(
-    norm: Norm | None, weights: Mapping[str, Tensor], path: str
-) -> Callable[[Tensor], Tensor] | None:
-    return None if norm is None else ops.make_norm(norm, weights[f"{path}.weight"])

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from moescope.engine import torch_operators
 from moescope.engine.decoder import Attention
 from moescope.engine.interpreter import StepOutput
+from moescope.engine.limits import refuse_unsupported, why_not_fused
 from moescope.engine.load import load_model
 from moescope.engine.protocol import LoadRequest
 from moescope.engine.torch_decoder import TorchDecoder
-from moescope.engine.torch_limits import refuse_unsupported
+from moescope.engine.torch_operators import attention as torch_attention
 from moescope.errors import MoescopeError
 from moescope.kernels import route
 from moescope.kernels.reference import gate_logits
@@ -119,7 +119,7 @@ def test_masks_in_blocks_are_masks_whole(
 
     whole = run()
     for block in (1, 3, 12):
-        monkeypatch.setattr(torch_operators, "QUERY_BLOCK", block)
+        monkeypatch.setattr(torch_attention, "QUERY_BLOCK", block)
         for a, b in zip(whole, run(), strict=True):
             assert np.allclose(a, b, atol=2e-5)
 
@@ -249,10 +249,10 @@ def test_quantised_gate_is_the_reference_gate(folder: Path) -> None:
     model.set_policies(0, policies)
     h = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     spec = replace(model.routers[0].spec, policy=policies[0])
-    wanted = gate_logits(h.numpy(), moe.gate.numpy(), spec)
-    found = torch.nn.functional.linear(h, moe._gate(4))
+    wanted = gate_logits(h.numpy(), moe.router.gate.numpy(), spec)
+    found = torch.nn.functional.linear(h, moe.router._gate(4))
     assert np.allclose(found.numpy(), wanted, atol=1e-5)
-    assert np.abs(wanted - (h @ moe.gate.T).numpy()).max() > 0.05
+    assert np.abs(wanted - (h @ moe.router.gate.T).numpy()).max() > 0.05
     out = model.run([0], IDS[:1], record="logits")
     plain = fresh(folder).run([0], IDS[:1], record="logits")
     assert out.router_logits is not None and plain.router_logits is not None
@@ -285,7 +285,7 @@ def test_experts_are_the_plain_sum(folder: Path, on_input: bool, rows: int) -> N
 def test_invalid_router_is_named(folder: Path, position: int) -> None:
     model = fresh(folder)
     broken = model._stages[2].branches[1][1]
-    broken.gate[3, 7] = float("nan")
+    broken.router.gate[3, 7] = float("nan")
     if position:
         model.run([0], IDS[:1, :position], record="ids")
     out = model.run([0], IDS[:1, position : position + 1])
@@ -328,7 +328,7 @@ def test_cache_bytes_are_what_open_allocates(folder: Path) -> None:
     assert model.cache_bytes(3, model.shared.capacity) == held
 
 
-def test_what_the_interpreter_does_not_do_is_refused_by_field(folder: Path) -> None:
+def test_what_no_fused_step_does_is_left_to_the_operators(folder: Path) -> None:
     spec = fresh(folder).spec
     layer = spec.layers[0]
     attention = layer.branches[0].operator
@@ -341,8 +341,19 @@ def test_what_the_interpreter_does_not_do_is_refused_by_field(folder: Path) -> N
     ):
         branch = replace(layer.branches[0], operator=replace(attention, **edit))
         wrong = replace(layer, branches=(branch, layer.branches[1]))
-        with pytest.raises(MoescopeError, match=f"{named}: not implemented"):
-            refuse_unsupported(replace(spec, layers=(wrong, *spec.layers[1:])))
+        edited = replace(spec, layers=(wrong, *spec.layers[1:]))
+        assert why_not_fused(edited) == f"{named}: no fused form"
+        refuse_unsupported(edited)
+
+
+def test_what_the_interpreter_does_not_do_is_refused_by_field(folder: Path) -> None:
+    spec = fresh(folder).spec
+    branch = spec.layers[1].branches[0]
+    assert isinstance(branch.operator, Attention)
+    borrowing = replace(branch, operator=replace(branch.operator, shares_kv_of=0))
+    wrong = replace(spec.layers[1], branches=(borrowing, *spec.layers[1].branches[1:]))
+    with pytest.raises(MoescopeError, match=r"Attention\.shares_kv_of 0: not implemented"):
+        refuse_unsupported(replace(spec, layers=(spec.layers[0], wrong, *spec.layers[2:])))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

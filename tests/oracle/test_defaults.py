@@ -66,7 +66,7 @@ def test_yarn_takes_the_context_that_the_config_class_has(family: str) -> None:
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from moescope.engine.torch_operators import _frequencies
+    from moescope.engine.torch_operators.rope import frequencies as _frequencies
 
     yarn = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "rope_theta": 5e5}
     config = {**minimal(family), "head_dim": 8, "rope_parameters": yarn}

@@ -1,0 +1,78 @@
+"""The operators of `DecoderSpec` on torch tensors: one small class each, built once per layer.
+
+An operator is called with the hidden state after its branch's norm [R, H] and the `Call`, and gives
+[R, H]. It keeps its own state for every lane: `open` allocates, `copy` forks. Rounding points are
+those of transformers' eager code, so that bfloat16 runs agree closely. Lanes, taps and records are
+`torch_decoder`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moescope.engine.decoder import MLP, Attention, MoE, Pass
+from moescope.engine.torch_operators.attention import TorchAttention
+from moescope.engine.torch_operators.common import (
+    DTYPES,
+    Call,
+    Groups,
+    Stateless,
+    Weights,
+    linear,
+)
+from moescope.engine.torch_operators.experts import TorchExperts, grouped_products
+from moescope.engine.torch_operators.mlp import ACTIVATIONS, TorchMLP
+from moescope.engine.torch_operators.moe import TorchMoE, TorchRouter, rounded_gate
+from moescope.engine.torch_operators.norms import load_norm, make_norm
+from moescope.engine.torch_operators.rope import rotary_table, switches
+
+__all__ = [
+    "ACTIVATIONS",
+    "DTYPES",
+    "OPERATORS",
+    "Call",
+    "Groups",
+    "TorchAttention",
+    "TorchExperts",
+    "TorchMLP",
+    "TorchMoE",
+    "TorchOperator",
+    "TorchRouter",
+    "Weights",
+    "grouped_products",
+    "linear",
+    "load_norm",
+    "make_norm",
+    "rotary_table",
+    "rounded_gate",
+    "switches",
+]
+
+
+class TorchOperator(Protocol):
+    """A running operator of one layer."""
+
+    def __call__(self, h: Tensor, call: Call) -> Tensor: ...
+    def open(self, lanes: int, capacity: int, device: str) -> None: ...
+    def copy(self, source: int, target: int, length: int) -> None: ...
+
+
+class TorchPass(Stateless):
+    """The identity."""
+
+    def __call__(self, h: Tensor, call: Call) -> Tensor:
+        return h
+
+
+Build = Callable[[Any, Weights, str, torch.dtype, int], TorchOperator]
+# operator -> (spec, weights, path, dtype, number of the router) -> running operator
+OPERATORS: dict[type, Build] = {
+    Attention: lambda spec, weights, path, dtype, _: TorchAttention(spec, weights, path, dtype),
+    MLP: lambda spec, weights, path, dtype, _: TorchMLP(spec, weights, f"{path}."),
+    MoE: lambda spec, weights, path, dtype, router: TorchMoE(spec, weights, path, router),
+    Pass: lambda spec, weights, path, dtype, _: TorchPass(),
+}
