@@ -8,7 +8,7 @@ from typing import Any
 from moescope.engine import families, parameters
 from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.decoder import MLA, MLP, Attention, DecoderSpec, Layer, MoE, state_bytes
-from moescope.engine.families.names import place
+from moescope.engine.families.places import place
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MEMORY_CONTEXT = 4096  # tokens of cache counted in the memory needed

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from moescope.engine import devices, families, parameters
 from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.decoder import DecoderSpec, state_bytes
-from moescope.engine.families.names import Piece, Plan, place
+from moescope.engine.families import forms
+from moescope.engine.families.places import Piece, Plan, place
 from moescope.engine.protocol import Loading, LoadRequest
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import single_line
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from moescope.engine.interpreter import Interpreter
 
 Progress = Callable[[Loading], None]
+Counted = Callable[[int], None]
 SMALL = 1_000_000_000  # bytes of weights below which a CPU runs in float32
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -142,7 +144,7 @@ def _stored_dtype(checkpoint: Checkpoint, plan: Plan) -> str:
                     hint="the unquantised repository of the same model (bfloat16)",
                     code=ExitCode.CHECKPOINT,
                 )
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + prod(piece.shape)
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + piece.elements
     return _STORED[max(sizes, key=lambda kind: sizes[kind])]
 
 
@@ -213,9 +215,11 @@ def _read(found: Inspected, progress: Progress) -> tuple[dict[str, Tensor], list
     notes: list[str] = []
     for placement in found.plan.placements:
         target = _empty(placement.shape, placement.target, found)
+        if placement.constant is not None:
+            target.fill_(placement.constant)
         for piece in placement.pieces:
             report.what = checkpoint.tensors[piece.source].shard
-            checkpoint.read_torch(piece.source, out=_rows(target, piece), progress=report)
+            _fill(target, piece, checkpoint, report)
         if len(placement.shape) < 3 and (count := _non_finite(target)):
             notes.append(f"{_called(placement.target)} holds {count} values that are not finite")
         weights[placement.target] = target
@@ -248,12 +252,30 @@ def _empty(shape: tuple[int, ...], target: str, found: Inspected) -> Tensor:
 
 
 def _rows(target: Tensor, piece: Piece) -> Tensor:
-    """The part of `target` that a piece fills: rows of one expert's matrix, or of all experts'."""
+    """The part of `target` that a piece fills: rows of one expert's matrix, or of each block's."""
     if piece.expert is not None:
         return target[piece.expert, piece.start : piece.stop]
-    if len(piece.shape) == 3:
-        return target[:, piece.start : piece.stop]
-    return target[piece.start : piece.stop]
+    if not piece.blocks:
+        return target[piece.start : piece.stop]
+    if target.dim() < len(piece.shape):
+        target = target.view(piece.blocks, -1, *target.shape[1:])
+    return target[:, piece.start : piece.stop]
+
+
+def _fill(target: Tensor, piece: Piece, checkpoint: Checkpoint, progress: Counted) -> None:
+    """Read one piece into its rows; in another form, one expert's at a time beside them."""
+    rows = _rows(target, piece)
+    if piece.form == forms.PLAIN:
+        checkpoint.read_torch(piece.source, out=rows, progress=progress)
+        return
+    dtype = "float32" if forms.FORMS[piece.form].minus else None
+    each = checkpoint.info(piece.source).shape[0] // piece.blocks if piece.blocks else 0
+    for block, out in enumerate(rows) if piece.blocks else [(None, rows)]:
+        part = None
+        if block is not None:
+            part = slice(block * each, (block + 1) * each)
+        stored = checkpoint.read_torch(piece.source, rows=part, dtype=dtype, progress=progress)
+        out.copy_(forms.apply(piece.form, stored, tuple(out.shape), piece.sizes))
 
 
 def _non_finite(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from moescope.engine.config import Fields, bad
 from moescope.engine.decoder import DecoderSpec, Layer, MoE, RoutedAttention
 from moescope.engine.families import mixtral, olmo, qwen
-from moescope.engine.families.names import POST_NORM_NAMES, PRE_NORM_NAMES
+from moescope.engine.families.names import POST_NORM_NAMES, PRE_NORM_NAMES, Names
 from moescope.errors import MoescopeError
 from moescope.safety import single_line
 
@@ -26,7 +26,7 @@ class Family:
 
     title: str
     build: Callable[[Fields], DecoderSpec]
-    names: Mapping[str, tuple[str, ...]]
+    names: Names
     released: str
     keys: Mapping[str, str]
 

@@ -1,0 +1,335 @@
+"""Where each published tensor goes: a plan made, and every shape checked, before anything is read.
+
+`place` reads names and shapes only. Names are `names`', orders `forms`', experts `layouts`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import groupby
+from math import prod
+from typing import Any
+
+from moescope.engine.config import bad
+from moescope.engine.decoder import DecoderSpec
+from moescope.engine.families.forms import FORMS, PLAIN, In, stored_shape
+from moescope.engine.families.layouts import LAYOUTS, ExpertLayout, written_by_mlx
+from moescope.engine.families.names import Alternative, Dictionary, Names, Source, Stored
+from moescope.engine.parameters import Shape, Slot, slots
+from moescope.engine.quantised.packed import Packed
+from moescope.safety import single_line
+
+_HARMLESS = ("lm_head.weight", ".rotary_emb.inv_freq")
+# Further heads and towers, which a text decoder has no use for.
+_ELSEWHERE = (
+    "*mtp.*",
+    "*mtp_block.*",
+    "*.nextn.*",
+    "*visual.*",
+    "*vision*",
+    "*audio*",
+    "*image*",
+    "*multi_modal_projector.*",
+    "*mm_projector.*",
+    "talker.*",
+    "code2wav.*",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One published tensor, and the rows of the target it fills.
+
+    `shape` is what it is here. Those rows are of one `expert`'s matrix; or, with `blocks`, of all
+    experts' (heads'): `shape` then starts with their number, and `start` and `stop` count rows
+    within each. `form` (of `forms.FORMS`, with its `sizes`) is how what is stored becomes that.
+    """
+
+    source: str
+    shape: Shape
+    expert: int | None
+    start: int
+    stop: int
+    blocks: int = 0
+    form: str = PLAIN
+    sizes: tuple[int, ...] = ()
+    packed: Packed | None = None
+
+    @property
+    def stored_shape(self) -> Shape:
+        return stored_shape(self.form, self.shape, self.blocks)
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One tensor of ours and the published pieces it is filled from; or a `constant`, of none."""
+
+    target: str
+    shape: Shape
+    pieces: tuple[Piece, ...]
+    constant: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    placements: tuple[Placement, ...]
+    layouts: tuple[str, ...]  # titles of the expert layouts met
+    unused: tuple[str, ...]  # published tensors that nothing reads
+    unexpected: tuple[str, ...] = ()  # those of them that have no known reason
+
+    def notes(self) -> list[str]:
+        """What a user should know of tensors that nothing reads: a bias left out is a wrong number.
+        A second copy of a tied head, and frequencies that are computed anyway, are harmless."""
+        notes = []
+        if filled := [p for p in self.placements if p.constant is not None]:
+            more = f" and {len(filled) - 1} more" if len(filled) > 1 else ""
+            first = filled[0]
+            notes.append(
+                f"{first.target}{more}: not in the checkpoint; {first.constant:g} throughout"
+            )
+        if found := self.unexpected:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            name = single_line(found[0], 200)
+            notes.append(f"{name}{more}: not read, config.json asks for no such tensor")
+        return notes
+
+
+def place(
+    spec: DecoderSpec,
+    names: Names,
+    keys: Mapping[str, str],
+    stored: Mapping[str, Stored],
+) -> Plan:
+    """Find a source for every tensor of `spec`.
+
+    `names` is a family's names table; `keys` renames the words of `Slot.says` to what its config
+    calls them; `stored` is what there is by name, packed tensors as what they stand for
+    (`quantised.unpacked`). Raises MoescopeError for a tensor that is missing or has a shape the
+    config does not give it.
+    """
+    placer = _Placer(spec, names, keys, stored)
+    placements = tuple(placer.placements())
+    used = {piece.source for placement in placements for piece in placement.pieces}
+    unused = sorted(set(stored) - used)
+    known = (*_ELSEWHERE, *_listed(names.get("unread", ())))
+    reasonless = [name for name in unused if not placer.has_reason(name, known)]
+    return Plan(placements, tuple(placer.titles), tuple(unused), tuple(reasonless))
+
+
+def _listed(patterns: Any) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+class _Placer:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        names: Names,
+        keys: Mapping[str, str],
+        stored: Mapping[str, Stored],
+    ) -> None:
+        self.spec, self.keys, self.stored = spec, keys, stored
+        self.dictionary = Dictionary(names, stored, mlx=written_by_mlx(stored))
+        self.operators = {
+            f"layers.{number}.{branch.name}": branch.operator for number, branch in spec.operators()
+        }
+        self.titles: dict[str, None] = {}
+
+    def placements(self) -> Iterator[Placement]:
+        for branch, found in groupby(slots(self.spec), key=_branch_of):
+            group = list(found)
+            layout = None
+            for slot in group:
+                if slot.per_expert:
+                    layout = layout or self._layout(branch, group)
+                    placement = Placement(slot.name, slot.shape, tuple(_in(slot, *layout)))
+                else:
+                    placement = self._plain(slot, self.operators.get(branch))
+                yield self._checked(slot, placement)
+
+    def has_reason(self, name: str, known: tuple[str, ...]) -> bool:
+        """Whether it is no surprise that nothing reads this tensor."""
+        if name.endswith(_HARMLESS) or any(fnmatchcase(name, pattern) for pattern in known):
+            return True
+        beyond = self.dictionary.alternatives(f"layers.{len(self.spec.layers)}")
+        return any(name.startswith(f"{s.name}.") for found in beyond for s in found.sources)
+
+    # --- experts ----------------------------------------------------------------------------
+
+    def _layout(self, branch: str, group: list[Slot]) -> tuple[ExpertLayout, str]:
+        """The first layout whose tensors are there in the right shapes, and the module they are
+        below; else the first whose names are there, for the sake of the message."""
+        weights = [slot for slot in group if slot.per_expert and len(slot.shape) == 3]
+        modules = self.dictionary.published(branch)
+        layouts = self.dictionary.layouts(branch) or LAYOUTS
+        close = None
+        for layout in layouts:
+            for module in modules:
+                samples = [next(iter(_in(slot, layout, module)), None) for slot in weights]
+                if not all(piece is not None and piece.source in self.stored for piece in samples):
+                    continue
+                if all(piece is not None and self._fits(piece) for piece in samples):
+                    self.titles[layout.title] = None
+                    return layout, module
+                close = close or (layout, module)
+        if close is None:
+            wanted = next(
+                piece for layout in layouts for piece in _in(weights[-1], layout, modules[0])
+            )
+            raise _missing(wanted.source)
+        return close
+
+    # --- everything else --------------------------------------------------------------------
+
+    def _plain(self, slot: Slot, operator: Any) -> Placement:
+        """A slot from one tensor for all its parts, or else part by part."""
+        if len(slot.parts) > 1:
+            whole = self._choose(slot.name, slot.shape, operator, 0, required=False)
+            if whole is not None:
+                return Placement(slot.name, slot.shape, whole[0])
+        pieces: list[Piece] = []
+        row, constant = 0, None
+        for part, rows in slot.parts:
+            found = self._choose(part, (rows, *slot.shape[1:]), operator, row)
+            assert found is not None
+            pieces += found[0]
+            constant = constant if found[1] is None else found[1]
+            row += rows
+        return Placement(slot.name, slot.shape, tuple(pieces), constant)
+
+    def _choose(
+        self, ours: str, shape: Shape, operator: Any, row: int, *, required: bool = True
+    ) -> tuple[tuple[Piece, ...], float | None] | None:
+        """The first alternative that is there in the right shape; else the first that is there."""
+        close = None
+        alternatives = self.dictionary.alternatives(ours)
+        for found in alternatives:
+            if not found.sources or not all(s.name in self.stored for s in found.sources):
+                continue
+            pieces = tuple(self._pieces(found, shape, operator, row))
+            if all(map(self._fits, pieces)):
+                return pieces, None
+            close = close or pieces
+        if close is not None:
+            return close, None
+        constant = next((a.constant for a in alternatives if a.constant is not None), None)
+        if constant is not None:
+            return (), constant
+        if not required:
+            return None
+        raise _missing(alternatives[0].sources[0].name)
+
+    def _pieces(self, found: Alternative, shape: Shape, operator: Any, row: int) -> Iterator[Piece]:
+        blocks = found.blocks(operator) if found.blocks is not None else 0
+        left, at = shape[0] // (blocks or 1), row // (blocks or 1)
+        for source in found.sources:
+            count = left if source.rows is None else source.rows(operator)
+            wanted = (count, *shape[1:])
+            yield self._in_some_form(source, wanted, operator, at, blocks)
+            at, left = at + count, left - count
+
+    def _in_some_form(
+        self, source: Source, shape: Shape, operator: Any, row: int, blocks: int
+    ) -> Piece:
+        shape = (blocks, *shape) if blocks else shape
+        rows = shape[1] if blocks else shape[0]
+        pieces = [
+            Piece(source.name, shape, None, row, row + rows, blocks, form, _sizes(form, operator))
+            for form in source.forms
+        ]
+        return next((piece for piece in pieces if self._fits(piece)), pieces[0])
+
+    # --- checks -----------------------------------------------------------------------------
+
+    def _fits(self, piece: Piece) -> bool:
+        return tuple(self.stored[piece.source].shape) == piece.stored_shape
+
+    def _checked(self, slot: Slot, placement: Placement) -> Placement:
+        """Its pieces checked, with what is packed noted; MoescopeError for a missing tensor."""
+        pieces = []
+        for piece in placement.pieces:
+            info = self.stored.get(piece.source)
+            if info is None:
+                raise _missing(piece.source)
+            if tuple(info.shape) != piece.stored_shape:
+                raise _misfit(slot, piece, info, self.keys)
+            pieces.append(replace(piece, packed=getattr(info, "packed", None)))
+        return Placement(placement.target, placement.shape, tuple(pieces), placement.constant)
+
+
+def _branch_of(slot: Slot) -> str:
+    """`layers.3.mlp` of a slot of a branch, the slot's own name of any other."""
+    words = slot.name.split(".")
+    return ".".join(words[:3]) if words[0] == "layers" and len(words) > 3 else slot.name
+
+
+def _sizes(form: str, operator: Any) -> tuple[int, ...]:
+    return FORMS[form].sizes(operator) if FORMS[form].order is not None else ()
+
+
+def _in(slot: Slot, layout: ExpertLayout, module: str) -> Iterator[Piece]:
+    """The pieces of an experts' slot in a layout; none where the layout has no such tensors."""
+    whole = slot.name.rpartition("experts.")[2]
+    sources = [(layout.source(whole), slot.shape[1])]
+    if sources[0][0] is None:
+        sources = [(layout.source(part), rows) for part, rows in slot.parts]
+    if any(source is None for source, _ in sources):
+        return
+    row = 0
+    for source, rows in sources:
+        assert source is not None
+        yield from _of_experts(source, module, slot.shape, row, rows)
+        row += rows
+
+
+def _of_experts(source: In, module: str, shape: Shape, row: int, rows: int) -> Iterator[Piece]:
+    experts, form = shape[0], source.forms[0]
+    pattern, wanted = f"{module}.{source.place}", (rows, *shape[2:])
+    if "{e}" not in pattern:
+        yield Piece(pattern, (experts, *wanted), None, row, row + rows, experts, form)
+        return
+    for expert in range(experts):
+        name = pattern.replace("{e}", str(expert))
+        yield Piece(name, wanted, expert, row, row + rows, 0, form)
+
+
+def _missing(name: str) -> Exception:
+    return bad(
+        f"checkpoint: {single_line(name, 200)}: expected a tensor, found none",
+        "download the checkpoint again: a shard may be missing or cut short",
+    )
+
+
+def _misfit(slot: Slot, piece: Piece, info: Stored, keys: Mapping[str, str]) -> Exception:
+    """The words of a shape that does not fit: which key of the config says otherwise."""
+    found, expected = tuple(info.shape), piece.stored_shape
+    layer = slot.name.split(".")[1] if slot.name.startswith("layers.") else ""
+    where = f"layer {layer} " if layer else ""
+    leaf = single_line(".".join(piece.source.split(".")[-2:]), 120)
+    shard = single_line(info.shard, 120)
+    if len(found) != len(expected):
+        return bad(
+            f"{shard}: {single_line(piece.source, 200)}: expected {len(expected)} dimensions, "
+            f"found {len(found)}"
+        )
+    hint = "config.json and the weights are of different models, or one of them is damaged"
+    if expected != piece.shape:
+        return bad(
+            f"config.json says {where}{leaf} is {list(expected)}; it is {list(found)} ({shard})",
+            hint,
+        )
+    says = slot.says[-len(expected) :] if slot.per_expert else slot.says
+    axis = next(i for i, size in enumerate(found) if size != expected[i])
+    key = keys.get(says[axis], says[axis])
+    kind = ("rows", "columns")[axis] if len(found) <= 2 else ("experts", "rows", "columns")[axis]
+    return bad(
+        f"config.json says {key} {expected[axis]}; {where}{leaf} has {found[axis]} {kind} "
+        f"({shard})",
+        hint,
+    )
