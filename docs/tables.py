@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/keys.md", "docs/performance.md", "docs/variants.md")
+PAGES = ("README.md", "docs/balance.md", "docs/keys.md", "docs/performance.md", "docs/variants.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -123,6 +123,31 @@ def _key_table(keys: Iterable[Any]) -> str:
     return table(("key", "does"), ((f"`{key}`", text) for key, text in rows.items()))
 
 
+PARTS = re.compile(r"^ *(Formula|Balanced|Source): ", re.MULTILINE)
+
+
+def balance() -> str:
+    """The measures, from their docstrings: a summary, then Formula, Balanced and Source."""
+    from moescope.diagnosis import balance as measures
+
+    rows = []
+    for name in (
+        *("variation", "max_over_mean", "max_violation", "gini", "jain", "effective_experts"),
+        *("dead", "cold", "coverage", "distance", "pooled_loss", "layer_loss", "sequence_loss"),
+        *("z_terms", "pair_counts", "lift"),
+    ):
+        text = PARTS.split(getattr(measures, name).__doc__)
+        said = dict(zip(text[1::2], text[2::2], strict=True))
+        rows.append(
+            [f"`{name}`", *(_line(said[part]) for part in ("Formula", "Balanced", "Source"))]
+        )
+    return table(("measure", "formula", "balanced", "source"), rows)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")
+
+
 def cpu() -> str:
     """What `make bench` measured last."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -132,6 +157,7 @@ def cpu() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "balance": balance,
     "cpu": cpu,
     "families": families,
     "conformance": conformance,

@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "compare": "run router variants side by side",
     "inspect": "say what a checkpoint is; loads no weights",
     "variants": "list router variants, and what each would change for a model",
+    "balance": "how evenly a trace uses its experts, and what chance alone would show",
     "convert": "turn a trace into Parquet, CSV or JSONL, and back",
     "replay": "open a recorded trace on the screen; needs no model",
     "doctor": "versions, devices, terminal and folders, for bug reports",

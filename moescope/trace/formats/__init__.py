@@ -19,7 +19,9 @@ from moescope.trace.database import wal_path
 from moescope.trace.formats import csvform, jsonl, native, parquet
 from moescope.trace.formats.source import Source
 from moescope.trace.frames import Frame
+from moescope.trace.memory import MemoryTrace
 from moescope.trace.metadata import trace_error
+from moescope.trace.store import TraceReader
 
 START_BYTES = 1 << 16  # enough of a file to see what it is
 
@@ -77,6 +79,26 @@ def convert(
         "bytes": target.stat().st_size,
     }
     return summary | ({"notes": trace.notes} if trace.notes else {})
+
+
+def open_trace(path: str | Path, from_: str | None = None) -> TraceReader | MemoryTrace:
+    """A trace of any format, to be asked questions: our own stays on the disk, others are held in
+    memory. Raises `MoescopeError` (TRACE) for whatever is wrong with the file."""
+    path = Path(path)
+    name = from_ or detect(path)
+    if name == "moetrace":
+        return TraceReader.open(path)
+    source = FORMATS[name].read(path)
+    trace = MemoryTrace(source.meta)
+    events = list(reversed(source.events))
+    for frame in source.frames:
+        while events and events[-1][1] <= trace.count:
+            trace.event(events.pop()[0])
+        trace.append(frame)
+    while events:
+        trace.event(events.pop()[0])
+    trace.problems += source.notes
+    return trace
 
 
 class _Counted:
