@@ -9,7 +9,7 @@ residual or to a tap. Taps start empty in every layer. Interpreters run this; `f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moescope.kernels.spec import RouterSpec
@@ -148,13 +148,15 @@ class LinearAttention:
     value_dim: int
     conv_kernel: int
     out_norm: Norm
-    fused_projections: bool = False  # q, k, v, z in one tensor, interleaved by head
+    out_gate: Literal["silu", "sigmoid"] = "silu"
+    gate_rank: int = 0  # kda: width of the narrow layer before its gates; 0: none
+    decay_floor: float = 0.0  # kda: the log decay is this times a sigmoid; 0: of softplus
 
     def state(self) -> tuple[State, ...]:
         channels = 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
         matrix = self.value_heads * self.key_dim * self.value_dim
         return (
-            State("convolution", "fixed", channels * self.conv_kernel),
+            State("convolution", "fixed", channels * (self.conv_kernel - 1)),
             State("recurrent", "fixed", matrix, dtype="float32"),
         )
 
@@ -178,11 +180,18 @@ class StateSpace:
     gated_norm: Norm | None = None
     dt_floor: float = 0.0
     dt_ceiling: float = float("inf")
+    norm_groups: int = 1  # of the gated norm
+
+    def select_norms(self) -> tuple[tuple[str, Norm | None], ...]:
+        """mamba1: the norms of dt, B and C by the names of their tensors."""
+        norm = self.inner_norms
+        widths = {"dt_norm": self.dt_rank, "b_norm": self.state_size, "c_norm": self.state_size}
+        return tuple((name, norm and replace(norm, width=width)) for name, width in widths.items())
 
     def state(self) -> tuple[State, ...]:
         extra = 2 * self.groups * self.state_size if self.kind == "mamba2" else 0
         return (
-            State("convolution", "fixed", (self.inner + extra) * self.conv_kernel),
+            State("convolution", "fixed", (self.inner + extra) * (self.conv_kernel - 1)),
             State("recurrent", "fixed", self.inner * self.state_size, dtype="float32"),
         )
 
@@ -196,7 +205,7 @@ class ShortConv:
     bias: bool = False
 
     def state(self) -> tuple[State, ...]:
-        return (State("convolution", "fixed", self.hidden * self.kernel),)
+        return (State("convolution", "fixed", self.hidden * (self.kernel - 1)),)
 
 
 @dataclass(frozen=True, slots=True)

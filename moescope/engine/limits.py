@@ -17,11 +17,14 @@ from moescope.engine.decoder import (
     DecoderSpec,
     Experts,
     Layer,
+    LinearAttention,
     MoE,
     Norm,
     Pass,
     Rope,
     RopeScaling,
+    ShortConv,
+    StateSpace,
 )
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterPolicy, RouterWiring
@@ -53,8 +56,9 @@ class Limits:
 
 
 TORCH = Limits(
-    (Attention, MLP, MoE, Pass),
+    (Attention, MLP, MoE, Pass, LinearAttention, ShortConv, StateSpace),
     {
+        LinearAttention: {"kind": ("gated_delta", "kda")},
         Attention: {"shares_kv_of": ()},
         RouterWiring: {
             "router_input": ("normed", "residual", "residual_rms_scaled"),

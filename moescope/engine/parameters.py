@@ -257,39 +257,76 @@ def _of_mla(m: MLA) -> Iterator[Slot]:
 
 
 def _of_linear_attention(a: LinearAttention) -> Iterator[Slot]:
-    if a.kind != "gated_delta":
-        raise NotImplementedError(a.kind)
     keys, values = a.key_heads * a.key_dim, a.value_heads * a.value_dim
+    yield from (_of_kda if a.kind == "kda" else _of_gated_delta)(a, keys, values)
+    yield _norm_weight("norm", a.out_norm)
+    yield _plain("out_proj.weight", (a.hidden, values), "hidden_size", "value columns")
+
+
+def _of_kda(a: LinearAttention, keys: int, values: int) -> Iterator[Slot]:
+    channels = 2 * keys + values
+    rows = (("q_proj.weight", keys), ("k_proj.weight", keys), ("v_proj.weight", values))
+    yield Slot("qkv.weight", (channels, a.hidden), rows, ("qkv rows", "hidden_size"))
+    yield _plain("conv.weight", (channels, a.conv_kernel), "qkv rows", "conv kernel")
+    narrow = a.gate_rank or a.hidden
+    for name, width in (("forget", keys), ("gate", values)):
+        if a.gate_rank:
+            yield _plain(f"{name}_a.weight", (narrow, a.hidden), "gate rank", "hidden_size")
+        yield _plain(f"{name}_b.weight", (width, narrow), "qkv rows", "gate rank")
+    yield _plain("strength.weight", (a.value_heads, a.hidden), "value heads", "hidden_size")
+    yield _plain("A_log", (a.value_heads,), "value heads")
+    yield _plain("dt_bias", (keys,), "key rows")
+
+
+def _of_gated_delta(a: LinearAttention, keys: int, values: int) -> Iterator[Slot]:
     channels = 2 * keys + values
     yield _plain("in_proj_qkvz.weight", (channels + values, a.hidden), "qkvz rows", "hidden_size")
     yield _plain("in_proj_ba.weight", (2 * a.value_heads, a.hidden), "value heads", "hidden_size")
     yield _plain("conv.weight", (channels, a.conv_kernel), "qkv rows", "conv kernel")
     yield _plain("A_log", (a.value_heads,), "value heads")
     yield _plain("dt_bias", (a.value_heads,), "value heads")
-    yield _norm_weight("norm", a.out_norm)
-    yield _plain("out_proj.weight", (a.hidden, values), "hidden_size", "value columns")
 
 
 def _of_state_space(m: StateSpace) -> Iterator[Slot]:
-    if m.kind != "mamba2":
-        raise NotImplementedError(m.kind)
-    channels = m.inner + 2 * m.groups * m.state_size
-    rows = m.inner + channels + m.heads
+    first = m.kind == "mamba1"
+    channels = m.inner if first else m.inner + 2 * m.groups * m.state_size
+    rows = 2 * m.inner if first else m.inner + channels + m.heads
     yield _plain("in_proj.weight", (rows, m.hidden), "inner rows", "hidden_size")
     yield _plain("conv.weight", (channels, m.conv_kernel), "channels", "conv kernel")
     if m.conv_bias:
         yield _plain("conv.bias", (channels,), "channels")
+    yield from (_of_mamba1 if first else _of_mamba2)(m)
+    yield _plain("out_proj.weight", (m.hidden, m.inner), "hidden_size", "inner columns")
+    if m.bias:
+        yield _plain("in_proj.bias", (rows,), "inner rows")
+        yield _plain("out_proj.bias", (m.hidden,), "hidden_size")
+
+
+def _of_mamba1(m: StateSpace) -> Iterator[Slot]:
+    selected = m.dt_rank + 2 * m.state_size
+    yield _plain("x_proj.weight", (selected, m.inner), "dt, B and C rows", "inner rows")
+    yield _plain("dt_proj.weight", (m.inner, m.dt_rank), "inner rows", "dt rank")
+    yield _plain("dt_proj.bias", (m.inner,), "inner rows")
+    yield _plain("A_log", (m.inner, m.state_size), "inner rows", "state size")
+    yield _plain("D", (m.inner,), "inner rows")
+    for name, norm in m.select_norms():
+        yield from _of_norm(name, norm, "dt rank or state size")
+
+
+def _of_mamba2(m: StateSpace) -> Iterator[Slot]:
     for name in ("A_log", "D", "dt_bias"):
         yield _plain(name, (m.heads,), "heads")
     if m.gated_norm is not None:
         yield _norm_weight("norm", m.gated_norm)
-    yield _plain("out_proj.weight", (m.hidden, m.inner), "hidden_size", "inner columns")
 
 
 def _of_short_conv(c: ShortConv) -> Iterator[Slot]:
     yield _plain("in_proj.weight", (3 * c.hidden, c.hidden), "rows", "hidden_size")
     yield _plain("conv.weight", (c.hidden, c.kernel), "hidden_size", "conv kernel")
     yield _plain("out_proj.weight", (c.hidden, c.hidden), "hidden_size", "hidden_size")
+    if c.bias:
+        for name, rows in (("in_proj", 3 * c.hidden), ("conv", c.hidden), ("out_proj", c.hidden)):
+            yield _plain(f"{name}.bias", (rows,), "rows")
 
 
 def _of_routed_attention(a: RoutedAttention) -> Iterator[Slot]:

@@ -137,7 +137,7 @@ def qwen3_next() -> DecoderSpec:
         RouterWiring(6, shared_experts=1, shared_expert_gate="sigmoid"),
     )
     moe = Branch("mlp", MoE(H, router, Experts(40), MLP(H, 48)), norm)
-    linear = LinearAttention(H, "gated_delta", 2, 4, 8, 12, 4, Norm(12), fused_projections=True)
+    linear = LinearAttention(H, "gated_delta", 2, 4, 8, 12, 4, Norm(12))
     full = Attention(
         H, 4, 2, 16, 16**-0.5, Rope(1e4, 4), qk_norm=Norm(16, kind="rms_zero_centred"),
         gate="in_q_proj",

@@ -14,7 +14,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moescope.engine.decoder import MLP, Attention, MoE, Pass
+from moescope.engine.decoder import (
+    MLP,
+    Attention,
+    LinearAttention,
+    MoE,
+    Pass,
+    ShortConv,
+    StateSpace,
+)
 from moescope.engine.torch_operators.attention import TorchAttention
 from moescope.engine.torch_operators.common import (
     DTYPES,
@@ -25,10 +33,14 @@ from moescope.engine.torch_operators.common import (
     linear,
 )
 from moescope.engine.torch_operators.experts import TorchExperts, grouped_products
+from moescope.engine.torch_operators.linear_attention import GatedDelta, KimiDelta
 from moescope.engine.torch_operators.mlp import ACTIVATIONS, TorchMLP
 from moescope.engine.torch_operators.moe import TorchMoE, TorchRouter, rounded_gate
 from moescope.engine.torch_operators.norms import load_norm, make_norm
+from moescope.engine.torch_operators.recurrent import Recurrent, Saved
 from moescope.engine.torch_operators.rope import rotary_table, switches
+from moescope.engine.torch_operators.short_conv import TorchShortConv
+from moescope.engine.torch_operators.state_space import Mamba1, Mamba2
 
 __all__ = [
     "ACTIVATIONS",
@@ -36,6 +48,8 @@ __all__ = [
     "OPERATORS",
     "Call",
     "Groups",
+    "Recurrent",
+    "Saved",
     "TorchAttention",
     "TorchExperts",
     "TorchMLP",
@@ -68,6 +82,14 @@ class TorchPass(Stateless):
         return h
 
 
+_DELTAS: dict[str, Callable[[Any, Weights, str, torch.dtype], TorchOperator]] = {
+    "gated_delta": GatedDelta,
+    "kda": KimiDelta,
+}
+_MAMBAS: dict[str, Callable[[Any, Weights, str, torch.dtype], TorchOperator]] = {
+    "mamba1": Mamba1,
+    "mamba2": Mamba2,
+}
 Build = Callable[[Any, Weights, str, torch.dtype, int], TorchOperator]
 # operator -> (spec, weights, path, dtype, number of the router) -> running operator
 OPERATORS: dict[type, Build] = {
@@ -75,4 +97,11 @@ OPERATORS: dict[type, Build] = {
     MLP: lambda spec, weights, path, dtype, _: TorchMLP(spec, weights, f"{path}."),
     MoE: lambda spec, weights, path, dtype, router: TorchMoE(spec, weights, path, router),
     Pass: lambda spec, weights, path, dtype, _: TorchPass(),
+    ShortConv: lambda spec, weights, path, dtype, _: TorchShortConv(spec, weights, path, dtype),
+    LinearAttention: lambda spec, weights, path, dtype, _: _DELTAS[spec.kind](
+        spec, weights, path, dtype
+    ),
+    StateSpace: lambda spec, weights, path, dtype, _: _MAMBAS[spec.kind](
+        spec, weights, path, dtype
+    ),
 }
