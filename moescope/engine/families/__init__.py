@@ -1,47 +1,28 @@
 """Families: from a `config.json` to a `DecoderSpec` and a map of tensor names.
 
-`SUPPORTED` is the table; one module per lineage holds the functions it names. A model type that is
-not in it is refused with a sentence that says what is missing and what to use instead.
+`SUPPORTED` is the table; one module per lineage holds its rows and what they name. A model type
+that is not in it is refused with a sentence that says what is missing and what to use instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
 from moescope.engine.config import Fields, bad
 from moescope.engine.decoder import DecoderSpec, Layer, MoE, RoutedAttention
 from moescope.engine.families import mixtral, olmo, qwen
-from moescope.engine.families.names import POST_NORM_NAMES, PRE_NORM_NAMES, Names
+from moescope.engine.families.family import Family
 from moescope.errors import MoescopeError
 from moescope.safety import single_line
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One supported model type. `keys` renames the words of `parameters.Slot.says` to this
-    config's; `released` is what the published checkpoints do, for lists of families."""
-
-    title: str
-    build: Callable[[Fields], DecoderSpec]
-    names: Names
-    released: str
-    keys: Mapping[str, str]
-
-
-_WIDTH = {"moe_intermediate_size": "intermediate_size"}
-_LOCAL = {**_WIDTH, "num_experts": "num_local_experts"}
-
+# Modules that hold a table FAMILIES, in the order of lists.
+LINEAGES = (olmo, qwen, mixtral)
 SUPPORTED: dict[str, Family] = {
-    "olmoe": Family("OLMoE", olmo.olmoe, PRE_NORM_NAMES, "not renormalised", _WIDTH),
-    "flex_olmo": Family("FlexOlmo", olmo.flex_olmo, POST_NORM_NAMES, "not renormalised", _WIDTH),
-    "qwen2_moe": Family(
-        "Qwen2-MoE", qwen.qwen2_moe, PRE_NORM_NAMES, "not renormalised, gated shared expert", {}
-    ),
-    "qwen3_moe": Family("Qwen3-MoE", qwen.qwen3_moe, PRE_NORM_NAMES, "renormalised", {}),
-    "mixtral": Family("Mixtral", mixtral.mixtral, PRE_NORM_NAMES, "always renormalised", _LOCAL),
+    name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()
 }
 
 # model_type pattern -> what is missing
@@ -77,7 +58,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config, or a MoescopeError that says why there is none."""
     model_type = Fields(config).str("model_type")
     if (found := SUPPORTED.get(model_type)) is not None:
-        if not any(config.get(key) for key in ("num_experts", "num_local_experts")):
+        if not any(config.get(key) for key in _EXPERT_KEYS):
             raise _dense(model_type)
         return found
     raise _refusal(model_type, config)
@@ -137,10 +118,12 @@ def _refusal(model_type: str, config: Mapping[str, Any]) -> MoescopeError:
         )
     if not counted:
         return _dense(model_type)
-    return bad(f"{name}: not supported by this version; supported: {', '.join(SUPPORTED)}")
+    near = get_close_matches(model_type[:80], SUPPORTED, 3)
+    nearest = f" (nearest: {', '.join(near)})" if near else ""
+    return bad(f"{name}: not supported by this version{nearest}", _SUPPORTED_HINT)
 
 
-_SUPPORTED_HINT = "a checkpoint of " + ", ".join(SUPPORTED)
+_SUPPORTED_HINT = f"a checkpoint of one of the {len(SUPPORTED)} families in docs/families.md"
 
 
 def _dense(model_type: str) -> MoescopeError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from moescope.engine.config import Fields
 from moescope.engine.decoder import DecoderSpec, MoE
 from moescope.engine.families import common
+from moescope.engine.families.family import Family
+from moescope.engine.families.names import PRE_NORM_NAMES
 
 
 def mixtral(config: Fields) -> DecoderSpec:
@@ -15,3 +17,9 @@ def mixtral(config: Fields) -> DecoderSpec:
     router = common.softmax_router(config, renormalises=True, combine="float32")
     moe = MoE(sizes.hidden, router, common.experts(config, sizes.width))
     return common.decoder(sizes, [common.pre_norm_layer(sizes, mixer, moe)] * sizes.layers)
+
+
+_LOCAL = {"moe_intermediate_size": "intermediate_size", "num_experts": "num_local_experts"}
+FAMILIES = {
+    "mixtral": Family("Mixtral", mixtral, PRE_NORM_NAMES, "always renormalised", _LOCAL),
+}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from moescope.engine.config import Fields
 from moescope.engine.decoder import Branch, DecoderSpec, Layer, MoE, Norm
 from moescope.engine.families import common
+from moescope.engine.families.family import Family
+from moescope.engine.families.names import POST_NORM_NAMES, PRE_NORM_NAMES
 
 
 def olmoe(config: Fields) -> DecoderSpec:
@@ -43,3 +45,10 @@ def flex_olmo(config: Fields) -> DecoderSpec:
     norm = Norm(sizes.hidden, sizes.eps, applies="float32")
     layer = Layer((Branch("attention", mixer, post_norm=norm), Branch("mlp", moe, post_norm=norm)))
     return common.decoder(sizes, [layer] * sizes.layers, applies="float32")
+
+
+_WIDTH = {"moe_intermediate_size": "intermediate_size"}
+FAMILIES = {
+    "olmoe": Family("OLMoE", olmoe, PRE_NORM_NAMES, "not renormalised", _WIDTH),
+    "flex_olmo": Family("FlexOlmo", flex_olmo, POST_NORM_NAMES, "not renormalised", _WIDTH),
+}

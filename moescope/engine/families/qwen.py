@@ -9,6 +9,8 @@ from __future__ import annotations
 from moescope.engine.config import Fields
 from moescope.engine.decoder import MLP, Attention, DecoderSpec, Experts, MoE
 from moescope.engine.families import common
+from moescope.engine.families.family import Family
+from moescope.engine.families.names import PRE_NORM_NAMES
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -88,3 +90,11 @@ def _windows(config: Fields, layers: int) -> list[int]:
 def _expect_layer_types(config: Fields, kind: str) -> None:
     if set(config.list("layer_types", str, default=[])) - {kind}:
         raise config.error("layer_types", f"{kind} in every layer")
+
+
+FAMILIES = {
+    "qwen2_moe": Family(
+        "Qwen2-MoE", qwen2_moe, PRE_NORM_NAMES, "not renormalised, gated shared expert"
+    ),
+    "qwen3_moe": Family("Qwen3-MoE", qwen3_moe, PRE_NORM_NAMES, "renormalised"),
+}
