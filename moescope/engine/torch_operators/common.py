@@ -73,6 +73,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def split(x: Tensor, *widths: int) -> tuple[Tensor, ...]:
+    """The columns of x, one part after the other."""
+    return torch.split(x, list(widths), -1)
+
+
 def _prefers_mv(dtype: torch.dtype) -> bool:
     return dtype is torch.float32 or (dtype is torch.bfloat16 and _has_tiles())
 

@@ -2,8 +2,8 @@
 
 A head keeps a matrix S [Dk, Dv]. With decay a = exp(g), write strength b, key k and value v, a
 token makes S <- a S + k (b (v - kᵀ a S))ᵀ and reads qᵀ S (arXiv 2412.06464, equation 10; arXiv
-2510.26692 for a decay of every channel). Prompts go in chunks: within one, the corrections of all tokens are
-the solution of a unit triangular system.
+2510.26692 for a decay of every channel). Prompts go in chunks: within one, the corrections of all
+tokens are the solution of a unit triangular system.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.engine.decoder import LinearAttention
-from moescope.engine.torch_operators.common import Call, Weights, linear
+from moescope.engine.torch_operators.common import Call, Weights, linear, split
 from moescope.engine.torch_operators.recurrent import Recurrent
 
 CHUNK = 64
@@ -58,7 +58,7 @@ class _Delta(Recurrent):
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """float32 [T, value heads, D]: a query head serves consecutive value heads."""
         s, T = self.spec, len(qkv)
-        q, k, v = torch.split(qkv.float(), (self.keys, self.keys, self.values), -1)
+        q, k, v = split(qkv.float(), self.keys, self.keys, self.values)
         group = s.value_heads // s.key_heads
         q, k = (
             _unit(x.reshape(T, s.key_heads, s.key_dim)).repeat_interleave(group, 1) for x in (q, k)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.engine.decoder import StateSpace
-from moescope.engine.torch_operators.common import Call, Weights, linear
+from moescope.engine.torch_operators.common import Call, Weights, linear, split
 from moescope.engine.torch_operators.norms import load_norm
 from moescope.engine.torch_operators.recurrent import Recurrent
 
@@ -43,7 +43,7 @@ class Mamba2(Recurrent):
     def __call__(self, h: Tensor, call: Call) -> Tensor:
         s = self.spec
         sizes = (s.inner, s.inner + 2 * self.bc, s.heads)
-        gate, xbc, dt = torch.split(linear(h, self.inner, self.inner_bias), sizes, -1)
+        gate, xbc, dt = split(linear(h, self.inner, self.inner_bias), *sizes)
         dt = F.softplus(dt + self.dt_bias).clamp(s.dt_floor, s.dt_ceiling).float()
         parts = []
         for lane, _, rows in call.spans():
@@ -55,7 +55,7 @@ class Mamba2(Recurrent):
 
     def _scan(self, xbc: Tensor, dt: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         s, T = self.spec, len(xbc)
-        x, b, c = torch.split(xbc, (s.inner, self.bc, self.bc), -1)
+        x, b, c = split(xbc, s.inner, self.bc, self.bc)
         x = x.reshape(T, s.heads, s.head_dim)
         b, c = (
             y.reshape(T, s.groups, s.state_size).repeat_interleave(s.heads // s.groups, 1)
@@ -147,7 +147,7 @@ class Mamba1(Recurrent):
     def _scan(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, inner], one token after the other."""
         s = self.spec
-        selected = torch.split(linear(x, self.select), (s.dt_rank, s.state_size, s.state_size), -1)
+        selected = split(linear(x, self.select), s.dt_rank, s.state_size, s.state_size)
         dt, b, c = (
             y if norm is None else norm(y) for y, norm in zip(selected, self.norms, strict=True)
         )
