@@ -1,0 +1,85 @@
+"""The dense feed-forward block, and the activations that it and the experts share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from moescope.engine.decoder import MLP, Experts
+from moescope.engine.mlx_operators.common import Call, Stateless, Weights
+from moescope.engine.mlx_operators.matrix import array, matrix
+
+Activate = Callable[[mx.array], mx.array]
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x), rounded once."""
+    wide = x.astype(mx.float32)
+    return (wide * mx.sigmoid(wide)).astype(x.dtype)
+
+
+def _gelu(x: mx.array) -> mx.array:
+    wide = x.astype(mx.float32)
+    return (wide * 0.5 * (1 + mx.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def _gelu_tanh(x: mx.array) -> mx.array:
+    wide = x.astype(mx.float32)
+    inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
+    return (wide * 0.5 * (1 + mx.tanh(inner))).astype(x.dtype)
+
+
+def _relu2(x: mx.array) -> mx.array:
+    return mx.square(mx.maximum(x, 0))
+
+
+ACTIVATIONS: dict[str, Activate] = {
+    "silu": silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu2": _relu2,
+}
+
+
+def make_activation(spec: MLP | Experts) -> Activate:
+    """gate_up [.., 2I] (gate first; [.., I] without a gate) -> [.., I]."""
+    if spec.activation == "swiglu_oai":
+        alpha = getattr(spec, "alpha", 1.0)
+
+        def function(gate: mx.array) -> mx.array:
+            return gate * mx.sigmoid(gate * alpha)
+    else:
+        function = ACTIVATIONS[spec.activation]
+    if not spec.glu:
+        return function
+    limit, before, shift = spec.limit, spec.limit_site == "before", getattr(spec, "up_shift", 0.0)
+
+    def gated(gate_up: mx.array) -> mx.array:
+        gate, up = mx.split(gate_up, 2, -1)
+        if limit and before:
+            gate = mx.minimum(gate, limit)
+        gate = function(gate)
+        if limit:
+            up = mx.clip(up, -limit, limit)
+            gate = gate if before else mx.minimum(gate, limit)
+        return gate * (up + shift) if shift else gate * up
+
+    return gated
+
+
+class MLXMLP(Stateless):
+    """A dense block, with or without a gate."""
+
+    def __init__(self, spec: MLP, weights: Weights, path: str) -> None:
+        self.activation = make_activation(spec)
+        self.gate_up = matrix(weights[f"{path}gate_up.weight"])
+        self.down = matrix(weights[f"{path}down_proj.weight"])
+        self.gate_up_bias, self.down_bias = (
+            array(weights[f"{path}{name}.bias"]) if spec.bias else None
+            for name in ("gate_up", "down_proj")
+        )
+
+    def __call__(self, h: mx.array, call: Call | None = None) -> mx.array:
+        return self.down(self.activation(self.gate_up(h, self.gate_up_bias)), self.down_bias)

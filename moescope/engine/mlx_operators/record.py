@@ -1,0 +1,128 @@
+"""What the routers of one run decided: stacked into few arrays on the device, and numpy from them.
+
+Every array that is evaluated costs a little, so all integers go into one and all floats into
+another: [L, R, P, columns]. Routers may differ in K and E; what is missing is filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.engine.interpreter import StepOutput
+from moescope.engine.mlx_operators.common import Static
+from moescope.kernels.spec import Routing
+from moescope.trace.frames import RecordLevel
+
+SUMS = ("score_sum", "mass", "entropy", "margin")
+
+
+def stacked(routings: Sequence[Routing]) -> list[mx.array]:
+    """Integers [L, R, P, 1 + K]: the runner-up, then the picks; floats [L, R, P, 4 + 2K]: sums,
+    weights, scores; and logits [L, R, E] where they were kept."""
+    K = max(routing.expert_ids.shape[-1] for routing in routings)
+    whole = [_integers(routings, K), _floats(routings, K)]
+    if routings[0].logits is not None:
+        E = max(routing.logits.shape[-1] for routing in routings)
+        whole.append(mx.stack([_widened(r.logits, E, float("nan")) for r in routings]))
+    return whole
+
+
+def _integers(routings: Sequence[Routing], K: int) -> mx.array:
+    return mx.stack(
+        [
+            mx.concatenate([r.runner_up[..., None], _widened(r.expert_ids, K, -1)], -1)
+            for r in routings
+        ]
+    )
+
+
+def _floats(routings: Sequence[Routing], K: int) -> mx.array:
+    return mx.stack(
+        [
+            mx.concatenate(
+                [
+                    *(getattr(r, name)[..., None] for name in SUMS),
+                    *(_widened(picked, K, 0.0) for picked in (r.weights, r.scores)),
+                ],
+                -1,
+            )
+            for r in routings
+        ]
+    )
+
+
+def _widened(x: mx.array, width: int, fill: float) -> mx.array:
+    missing = width - x.shape[-1]
+    if not missing:
+        return x
+    return mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=fill)
+
+
+def output(
+    logits: mx.array, whole: Sequence[mx.array], static: Static, record: RecordLevel, shadow_K: int
+) -> StepOutput:
+    """The evaluated arrays of a run of N lanes, as numpy. `logits` are [N, T or 1, V]; `shadow_K`
+    is how many picks the widest shadow has."""
+    N, T = len(static.lanes), static.tokens
+    wanted = record != "ids"
+    integers, floats = (np.array(a) for a in whole[:2])  # [L, R, P, columns]
+    K = floats.shape[-1] // 2 - 2
+
+    def own(a: NDArray[Any], columns: slice | int, dtype: Any) -> NDArray[Any]:
+        """Of the policy in force: [N, T, L, ...]."""
+        part = a[:, :, 0, columns].swapaxes(0, 1)
+        return np.ascontiguousarray(part.reshape(N, T, *part.shape[1:]), dtype=dtype)
+
+    def shadows(a: NDArray[Any], columns: slice | int, dtype: Any) -> NDArray[Any] | None:
+        """[N, T, S, L, ...]."""
+        if not static.shadows:
+            return None
+        part = a[:, :, 1:, columns].swapaxes(0, 1).swapaxes(1, 2)
+        return np.ascontiguousarray(part.reshape(N, T, *part.shape[1:]), dtype=dtype)
+
+    picks = max(static.picks)
+    invalid = (integers[:, :, 0, 1] < 0).any(1)  # of each router
+    router_logits = None
+    if record == "logits":
+        router_logits = np.array(whole[2]).swapaxes(0, 1)
+        router_logits = router_logits.reshape(N, T, *router_logits.shape[1:])
+    return StepOutput(
+        logits=np.array(logits.astype(mx.float32)),
+        expert_ids=own(integers, slice(1, 1 + picks), np.int16),
+        **{name: own(floats, place, np.float32) for place, name in enumerate(SUMS)},
+        runner_up=own(integers, 0, np.int16),
+        weights=own(floats, slice(4, 4 + picks), np.float32) if wanted else None,
+        scores=own(floats, slice(4 + K, 4 + K + picks), np.float32) if wanted else None,
+        router_logits=router_logits,
+        invalid_router=int(invalid.argmax()) if invalid.any() else None,
+        shadow_ids=shadows(integers, slice(1, 1 + shadow_K), np.int16),
+        shadow_weights=shadows(floats, slice(4, 4 + shadow_K), np.float32) if wanted else None,
+        shadow_sums=shadows(floats, 0, np.float32),
+    )
+
+
+def merged(outs: Sequence[StepOutput]) -> StepOutput:
+    """Outputs of single lanes as one; lanes may differ in K."""
+
+    def joined(name: str) -> NDArray[Any] | None:
+        parts = [getattr(out, name) for out in outs]
+        if parts[0] is None:
+            return None
+        if name.endswith(("_ids", "weights", "scores")):
+            K = max(part.shape[-1] for part in parts)
+            fill = -1 if name.endswith("_ids") else 0
+            parts = [
+                np.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, K - p.shape[-1])], constant_values=fill)
+                for p in parts
+            ]
+        return np.concatenate(parts)
+
+    invalid = [out.invalid_router for out in outs if out.invalid_router is not None]
+    arrays = {f.name: joined(f.name) for f in fields(StepOutput) if f.name != "invalid_router"}
+    return StepOutput(**arrays, invalid_router=min(invalid, default=None))  # type: ignore[arg-type]
