@@ -6,7 +6,6 @@ Both dialects of a field are read here (`rope_theta` and `rope_parameters`, `num
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,11 +21,11 @@ from moescope.engine.decoder import (
     Norm,
     Operator,
     Rope,
-    RopeScaling,
 )
+from moescope.engine.families import ropes
+from moescope.engine.families.ropes import Applies
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
-Applies = Literal["model", "float32"]
 SIZE, COUNT = 1 << 20, 4096
 ACTIVATIONS: dict[str, Literal["silu"]] = {"silu": "silu", "swish": "silu"}
 
@@ -47,24 +46,35 @@ class Sizes:
     tied: bool
 
 
-def read_sizes(config: Fields, *, eps: float, context: int, kv_heads: int | None = None) -> Sizes:
-    """`eps`, `context` and `kv_heads` are what the family's own code takes where the config is
-    silent; `kv_heads` None: as many as there are heads."""
+def read_sizes(
+    config: Fields,
+    *,
+    eps: float,
+    context: int,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    width: int | None = None,
+) -> Sizes:
+    """The keywords are what the family's own code takes where the config is silent; `kv_heads`
+    None: as many as there are heads; `head_dim` None: the heads' share of the hidden width; `width`
+    None: intermediate_size must be there."""
     heads = config.int("num_attention_heads", 1, COUNT)
     if kv_heads is None or "num_key_value_heads" in config.values:
         kv_heads = config.int("num_key_value_heads", 1, COUNT, heads)
     hidden = config.int("hidden_size", 1, SIZE)
     if heads % kv_heads:
         raise config.error("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
-    if not config.has("head_dim") and hidden % heads:
+    if not config.has("head_dim") and head_dim is None and hidden % heads:
         raise config.error("num_attention_heads", f"a divisor of hidden_size {hidden}")
-    head_dim = config.int("head_dim", 2, SIZE, hidden // heads)
+    head_dim = config.int("head_dim", 2, SIZE, head_dim or hidden // heads)
     if head_dim % 2:
         raise config.error("head_dim", "an even number")
     return Sizes(
         vocab=config.int("vocab_size", 1, 1 << 24),
         hidden=hidden,
-        width=config.int("intermediate_size", 1, SIZE),
+        width=config.int("intermediate_size", 1, SIZE)
+        if width is None
+        else config.int("intermediate_size", 0, SIZE, width),
         layers=config.int("num_hidden_layers", 1, 1024),
         heads=heads,
         kv_heads=kv_heads,
@@ -78,72 +88,14 @@ def read_sizes(config: Fields, *, eps: float, context: int, kv_heads: int | None
 def read_rope(
     config: Fields, sizes: Sizes, *, usual_theta: float = 10000.0, applies: Applies = "model"
 ) -> Rope:
-    """Rotary embedding from `rope_parameters`, or from `rope_theta` and `rope_scaling`.
-
-    Where the config gives no base and the family's own default is not the usual 10000, it is
-    refused: a program that filled in 10000 would be fluent and wrong.
-    """
-    source = _rope_object(config)
-    theta = source.float("rope_theta", 1.0, 1e15, default=None) if source else None
-    if theta is None:
-        theta = config.float("rope_theta", 1.0, 1e15, default=None)
-    if theta is None:
-        if usual_theta != 10000.0:
-            raise config.error("rope_theta", f"a number (this family's usual is {usual_theta:g})")
-        theta = usual_theta
-    for holder in (config, source):
-        if holder is not None and holder.float("partial_rotary_factor", default=1.0) != 1.0:
-            raise holder.error("partial_rotary_factor", "1 for this model type")
-    scaling = None if source is None else _read_scaling(source, config, sizes, theta)
-    return Rope(theta, sizes.head_dim, scaling=scaling, applies=applies)
-
-
-def _rope_object(config: Fields) -> Fields | None:
-    """`rope_parameters` or, in the older dialect, `rope_scaling`: flat, and not two that differ."""
-    given = [name for name in ("rope_parameters", "rope_scaling") if config.raw(name)]
-    source = config.fields(tuple(given)) if given else None
-    for name in source.values if source else ():
-        if source is not None and isinstance(source.values[name], dict):
-            raise source.error(name, "no object: this model type has one rope for all layers")
-    return source
-
-
-def _read_scaling(source: Fields, config: Fields, sizes: Sizes, theta: float) -> RopeScaling | None:
-    kind = source.str(("rope_type", "type"), ("default", "linear", "yarn"), default="default")
-    if kind == "default":
-        return None
-    factor = source.float("factor", 1e-3, 1e6)
-    if kind == "linear":
-        return RopeScaling("linear", factor)
-    if theta <= 1.0:
-        holder = source if source.has("rope_theta") else config
-        raise holder.error("rope_theta", "more than 1 where frequencies are stretched by yarn")
-    original = config.int("original_max_position_embeddings", 1, 1 << 30, None)
-    if original is None:
-        original = source.int("original_max_position_embeddings", 1, 1 << 30, sizes.context)
-    return RopeScaling(
-        "yarn",
-        factor,
-        original,
-        attention_factor=_yarn_attention_factor(source, factor),
-        beta_fast=source.float("beta_fast", 0.0, 1e6, default=0.0) or 32.0,
-        beta_slow=source.float("beta_slow", 0.0, 1e6, default=0.0) or 1.0,
-        truncate=source.bool("truncate", True),
+    """The rotary embedding of whole heads, one for all layers; see `ropes.read_rope`."""
+    rope = ropes.read_rope(
+        config, sizes.head_dim, sizes.context, usual_theta=usual_theta, applies=applies
     )
-
-
-def _yarn_attention_factor(source: Fields, factor: float) -> float:
-    """arXiv 2309.00071, equation 22, and the mscale pair that DeepSeek added."""
-    given = source.float("attention_factor", 0.0, 1e6, default=None)
-    if given is not None:
-        return given
-
-    def of(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
-    mscale = source.float("mscale", 0.0, 1e6, default=0.0)
-    all_dims = source.float("mscale_all_dim", 0.0, 1e6, default=0.0)
-    return of(mscale) / of(all_dims) if mscale and all_dims else of(1.0)
+    if rope.dims != sizes.head_dim:
+        holder = config if config.has("partial_rotary_factor") else config.fields("rope_parameters")
+        raise (holder or config).error("partial_rotary_factor", "1 for this model type")
+    return rope
 
 
 def attention(
