@@ -29,6 +29,7 @@ class Norm:
     weight: bool = True
     bias: bool = False
     applies: Literal["model", "float32"] = "model"
+    gate_rank: int = 0  # the result times a sigmoid of a narrow layer over it; 0: not
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,8 @@ class Attention:
     value_scale: float = 1.0
     temperature_scale: float = 0.0  # of queries, by log1p(floor((p + 1) / temperature_floor))
     temperature_floor: int = 0
+    temperature_kind: Literal["log", "power"] = "log"  # power: (1 + (p + 1) / floor) ** scale
+    gate_bias: bool = False  # one number for each head, of a gate of its own
     shares_kv_of: int | None = None  # an earlier layer whose keys and values are read
 
     def state(self) -> tuple[State, ...]:
@@ -111,6 +114,18 @@ class Attention:
             return ()
         width = self.kv_heads * (self.head_dim + (self.v_head_dim or self.head_dim))
         return (State("kv", "per_token", width, self.window or self.chunk),)
+
+
+@dataclass(frozen=True, slots=True)
+class Indexer:
+    """Which tokens a query of latent attention sees: the `topk` with the highest scores, by a small
+    attention with one key for all heads (DeepSeek sparse attention). All, where there are fewer."""
+
+    heads: int
+    head_dim: int
+    topk: int
+    rope: Rope | None  # of the first dims
+    norm: Norm  # of the keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +145,19 @@ class MLA:
     q_latent_norm: Norm | None = None
     q_latent_scale: float = 1.0
     kv_latent_scale: float = 1.0
-    bias: bool = False
+    bias: bool = False  # of the projections from and to the hidden state; not of q_proj
+    q_reads_raw: bool = False  # queries are projected from the latent, normed and as it was
+    gate: Literal["none", "in_q_proj"] = "none"  # a sigmoid on the values, beside each query
+    temperature_scale: float = 0.0  # of queries, by log1p(floor(p / temperature_floor))
+    temperature_floor: int = 0
+    indexer: Indexer | None = None
+    shares_choice: bool = False  # sees what the last indexer before it chose
 
     def state(self) -> tuple[State, ...]:
-        return (State("latent", "per_token", self.kv_lora_rank + self.rope_dim),)
+        latent = State("latent", "per_token", self.kv_lora_rank + self.rope_dim)
+        if self.indexer is None:
+            return (latent,)
+        return (latent, State("index", "per_token", self.indexer.head_dim))
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +312,7 @@ Operator = (
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """`adds_to` += multiplier * post_norm(operator(pre_norm(`reads`))).
+    """`adds_to` = keeps * `adds_to` + multiplier * post_norm(operator(pre_norm(`reads`))).
 
     A router whose input is the residual reads what the branch read, before `pre_norm`.
     """
@@ -300,6 +324,7 @@ class Branch:
     multiplier: float = 1.0
     reads: str = RESIDUAL
     adds_to: str = RESIDUAL
+    keeps: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,6 +366,13 @@ class DecoderSpec:
             for number, branch in self.operators()
             if isinstance(branch.operator, MoE | RoutedAttention)
         )
+
+
+def rotary_embeddings(operator: Operator) -> Iterator[Rope]:
+    """Those of an operator and of what is in it."""
+    for holder in (operator, getattr(operator, "indexer", None)):
+        if (rope := getattr(holder, "rope", None)) is not None:
+            yield rope
 
 
 def state_bytes(spec: DecoderSpec, tokens: int, element_size: int) -> int:
@@ -385,6 +417,11 @@ def _check_sizes(operator: Operator, where: str) -> None:
                 )
             if operator.window and operator.chunk:
                 raise ValueError(f"{where}: window and chunk exclude each other")
+        case MLA():
+            if operator.rope is not None and operator.rope.dims != operator.rope_dim:
+                raise ValueError(f"{where}: rope over {operator.rope.dims} dims of the rope part")
+            if not operator.q_lora_rank and (operator.indexer or operator.q_reads_raw):
+                raise ValueError(f"{where}: needs a latent of the queries")
         case LinearAttention():
             if operator.value_heads % operator.key_heads:
                 raise ValueError(f"{where}: value heads do not divide over key heads")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from moescope.engine.decoder import (
+    MLA,
     MLP,
     Attention,
     Branch,
@@ -56,7 +57,7 @@ class Limits:
 
 
 TORCH = Limits(
-    (Attention, MLP, MoE, Pass, LinearAttention, ShortConv, StateSpace),
+    (Attention, MLA, MLP, MoE, Pass, LinearAttention, ShortConv, StateSpace),
     {
         LinearAttention: {"kind": ("gated_delta", "kda")},
         Attention: {"shares_kv_of": ()},
@@ -80,7 +81,8 @@ FUSED = Limits(
             "logit_softcap": (),
             "carried": (),
         },
-        Norm: {"kind": (), "bias": (), "weight": ()},
+        Norm: {"kind": (), "bias": (), "weight": (), "gate_rank": ()},
+        Branch: {"keeps": ()},
         Layer: {"learned_scale": ()},
         Rope: {"style": (), "sections": ()},
         RopeScaling: {"kind": ("linear", "yarn", "llama3", "alpha")},
@@ -97,6 +99,7 @@ FUSED = Limits(
                 "keys_are_values",
                 "value_scale",
                 "temperature_scale",
+                "gate_bias",
                 "shares_kv_of",
             )
         },

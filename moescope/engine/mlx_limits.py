@@ -5,7 +5,7 @@ Imports no mlx: `inspect` may ask about a device that is not here.
 
 from __future__ import annotations
 
-from moescope.engine.decoder import MLP, Attention, DecoderSpec, MoE, Pass
+from moescope.engine.decoder import MLP, Attention, Branch, DecoderSpec, MoE, Norm, Pass
 from moescope.engine.limits import Limits
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterWiring
@@ -13,7 +13,9 @@ from moescope.kernels.spec import RouterWiring
 MLX = Limits(
     (Attention, MLP, MoE, Pass),
     {
-        Attention: {"shares_kv_of": ()},
+        Attention: {"shares_kv_of": (), "temperature_kind": (), "gate_bias": ()},
+        Norm: {"gate_rank": ()},
+        Branch: {"keeps": ()},
         RouterWiring: {
             "router_input": ("normed", "residual", "residual_rms_scaled"),
             "hash_table": (),

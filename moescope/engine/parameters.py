@@ -18,6 +18,7 @@ from moescope.engine.decoder import (
     Attention,
     Branch,
     DecoderSpec,
+    Indexer,
     LinearAttention,
     MoE,
     Norm,
@@ -109,6 +110,9 @@ def _of_norm(path: str, norm: Norm | None, says: str = "hidden_size") -> Iterato
         yield _plain(f"{path}.weight", (norm.width,), says)
     if norm is not None and norm.bias:
         yield _plain(f"{path}.bias", (norm.width,), says)
+    if norm is not None and norm.gate_rank:
+        yield _plain(f"{path}.gate_a.weight", (norm.gate_rank, norm.width), "gated_norm_rank", says)
+        yield _plain(f"{path}.gate_b.weight", (norm.width, norm.gate_rank), says, "gated_norm_rank")
 
 
 def _of_operator(operator: Operator) -> Iterator[Slot]:
@@ -164,6 +168,8 @@ def _of_attention(a: Attention) -> Iterator[Slot]:
     if a.gate in _GATE_ROWS:
         gates = a.heads * _GATE_ROWS[a.gate](a)
         yield _plain("gate_proj.weight", (gates, a.hidden), "gate rows", "hidden_size")
+        if a.gate_bias:
+            yield _plain("gate_bias", (a.heads,), "num_attention_heads")
     out = a.heads * (a.v_head_dim or a.head_dim)
     yield _plain("o_proj.weight", (a.hidden, out), "hidden_size", "num_attention_heads × head_dim")
     if a.out_bias:
@@ -239,21 +245,33 @@ def _of_moe(m: MoE) -> Iterator[Slot]:
 
 
 def _of_mla(m: MLA) -> Iterator[Slot]:
-    wide = m.heads * (m.nope_dim + m.rope_dim)
+    wide = m.heads * (m.nope_dim + m.rope_dim + (m.v_dim if m.gate == "in_q_proj" else 0))
     if m.q_lora_rank:
-        yield _plain("q_a_proj.weight", (m.q_lora_rank, m.hidden), "q_lora_rank", "hidden_size")
-        if m.q_latent_norm is not None:
-            yield _norm_weight("q_a_norm", m.q_latent_norm)
-        yield _plain("q_b_proj.weight", (wide, m.q_lora_rank), "query rows", "q_lora_rank")
+        yield from _of_linear("q_a_proj", m.q_lora_rank, m.hidden, m.bias, "q_lora_rank")
+        yield from _of_norm("q_a_norm", m.q_latent_norm, "q_lora_rank")
+        seen = m.q_lora_rank * (2 if m.q_reads_raw else 1)
+        yield _plain("q_b_proj.weight", (wide, seen), "query rows", "q_lora_rank")
     else:
         yield _plain("q_proj.weight", (wide, m.hidden), "query rows", "hidden_size")
     latent = m.kv_lora_rank + m.rope_dim
-    yield _plain("kv_a_proj.weight", (latent, m.hidden), "kv_lora_rank and rope", "hidden_size")
-    if m.latent_norm is not None:
-        yield _norm_weight("kv_a_norm", m.latent_norm)
+    yield from _of_linear("kv_a_proj", latent, m.hidden, m.bias, "kv_lora_rank and rope")
+    yield from _of_norm("kv_a_norm", m.latent_norm, "kv_lora_rank")
     expanded = m.heads * (m.nope_dim + m.v_dim)
     yield _plain("kv_b_proj.weight", (expanded, m.kv_lora_rank), "key rows", "kv_lora_rank")
     yield _plain("o_proj.weight", (m.hidden, m.heads * m.v_dim), "hidden_size", "value columns")
+    if m.bias:
+        yield _plain("o_proj.bias", (m.hidden,), "hidden_size")
+    if m.indexer is not None:
+        yield from _of_indexer(m.indexer, m)
+
+
+def _of_indexer(i: Indexer, m: MLA) -> Iterator[Slot]:
+    wide = i.heads * i.head_dim
+    yield _plain("indexer.q_proj.weight", (wide, m.q_lora_rank), "index_n_heads", "q_lora_rank")
+    yield _plain("indexer.k_proj.weight", (i.head_dim, m.hidden), "index_head_dim", "hidden_size")
+    yield from _of_norm("indexer.k_norm", i.norm, "index_head_dim")
+    weights = _plain("indexer.weights.weight", (i.heads, m.hidden), "index_n_heads", "hidden_size")
+    yield replace(weights, dtype="float32")
 
 
 def _of_linear_attention(a: LinearAttention) -> Iterator[Slot]:
@@ -339,6 +357,12 @@ def _of_routed_attention(a: RoutedAttention) -> Iterator[Slot]:
     yield Slot("experts.out", out, (("out", a.hidden),), (says[0], *says[:0:-1]), per_expert=True)
     if a.output_bias:
         yield _plain("output_bias", (a.hidden,), "hidden_size")
+
+
+def _of_linear(name: str, rows: int, columns: int, bias: bool, says: str) -> Iterator[Slot]:
+    yield _plain(f"{name}.weight", (rows, columns), says, "hidden_size")
+    if bias:
+        yield _plain(f"{name}.bias", (rows,), says)
 
 
 def _plain(name: str, shape: Shape, *says: str) -> Slot:

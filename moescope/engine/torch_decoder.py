@@ -26,6 +26,7 @@ from moescope.engine.decoder import (
     MoE,
     Rope,
     RoutedAttention,
+    rotary_embeddings,
     state_bytes,
 )
 from moescope.engine.interpreter import Draw, Router, StepOutput
@@ -176,7 +177,7 @@ class TorchDecoder:
             (stage.device, id(rope)): rope
             for stage in self._stages
             for _, _, _, branch in stage.branches
-            if (rope := getattr(branch.operator, "rope", None)) is not None
+            for rope in rotary_embeddings(branch.operator)
         }
         return [(device, rope) for (device, _), rope in found.items()]
 
@@ -331,6 +332,7 @@ class TorchDecoder:
         starts = tuple(self._lengths[lane] for lane in lanes)
         at = np.concatenate([np.arange(start, start + tokens) for start in starts])
         calls: dict[str, ops.Call] = {}
+        choices: list[Tensor | None] = []
         routings: list[Routing] = []
         shadows: list[list[Routing]] = []
         for device in self._devices:
@@ -351,6 +353,7 @@ class TorchDecoder:
                     for place, rope in self._ropes
                     if place == device
                 },
+                choices=choices,
             )
         return calls
 
@@ -403,7 +406,9 @@ def _run_layer(
         if branch.multiplier != 1.0:
             y = y * branch.multiplier
         held = taps.get(branch.adds_to)
-        taps[branch.adds_to] = y if held is None else held + y
+        if held is not None:
+            y = y + (held if branch.keeps == 1.0 else held * branch.keeps)
+        taps[branch.adds_to] = y
     if stage.scale is not None:
         taps[RESIDUAL] = taps[RESIDUAL] * stage.scale
     return {name: value for name, value in taps.items() if name in (RESIDUAL, *carried)}

@@ -116,6 +116,9 @@ SYNONYMS: Names = {
     "k_norm": (".k_norm", ".k_layernorm", ".key_layernorm"),
     "q_a_norm": (".q_a_layernorm", ".q_a_norm"),
     "kv_a_norm": (".kv_a_layernorm", ".kv_a_norm"),
+    "indexer.q_proj": ".wq_b",
+    "indexer.k_proj": ".wk",
+    "indexer.weights": ".weights_proj",
     "kv_a_proj": (".kv_a_proj_with_mqa", ".kv_a_proj"),
     "kv_b_proj": (
         ".kv_b_proj",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moescope.engine.decoder import (
+    MLA,
     MLP,
     Attention,
     LinearAttention,
@@ -34,6 +35,7 @@ from moescope.engine.torch_operators.common import (
 )
 from moescope.engine.torch_operators.experts import TorchExperts, grouped_products
 from moescope.engine.torch_operators.linear_attention import GatedDelta, KimiDelta
+from moescope.engine.torch_operators.mla import TorchMLA
 from moescope.engine.torch_operators.mlp import ACTIVATIONS, TorchMLP
 from moescope.engine.torch_operators.moe import TorchMoE, TorchRouter, rounded_gate
 from moescope.engine.torch_operators.norms import load_norm, make_norm
@@ -52,6 +54,7 @@ __all__ = [
     "Saved",
     "TorchAttention",
     "TorchExperts",
+    "TorchMLA",
     "TorchMLP",
     "TorchMoE",
     "TorchOperator",
@@ -94,6 +97,7 @@ Build = Callable[[Any, Weights, str, torch.dtype, int], TorchOperator]
 # operator -> (spec, weights, path, dtype, number of the router) -> running operator
 OPERATORS: dict[type, Build] = {
     Attention: lambda spec, weights, path, dtype, _: TorchAttention(spec, weights, path, dtype),
+    MLA: lambda spec, weights, path, dtype, _: TorchMLA(spec, weights, path, dtype),
     MLP: lambda spec, weights, path, dtype, _: TorchMLP(spec, weights, f"{path}."),
     MoE: lambda spec, weights, path, dtype, router: TorchMoE(spec, weights, path, router),
     Pass: lambda spec, weights, path, dtype, _: TorchPass(),

@@ -31,6 +31,7 @@ class TorchAttention:
         self.v_norm = None if spec.v_norm is None else make_norm(spec.v_norm)
         self.sinks = weights.get(f"{path}.sinks")
         self.gate = weights.get(f"{path}.gate_proj.weight")
+        self.gate_bias = weights.get(f"{path}.gate_bias")
         self.v_dim = spec.v_head_dim or spec.head_dim
         self.cache = torch.empty(0)
         self.keys = self.values = torch.empty(0)
@@ -103,8 +104,7 @@ class TorchAttention:
         if s.qk_norm_after_rope:
             qk = self.normalise(qk.flatten(1)).view_as(qk)
         if s.temperature_scale:
-            steps = torch.floor((call.positions.float() + 1) / s.temperature_floor)
-            warmth = torch.log1p(steps) * s.temperature_scale + 1
+            warmth = _WARMTH[s.temperature_kind](call.positions.float() + 1, s)
             queries = (qk[:, : s.heads] * warmth[:, None, None]).to(qk.dtype)
             qk = torch.cat((queries, qk[:, s.heads :]), 1)
         return qk
@@ -113,6 +113,8 @@ class TorchAttention:
         if gate is None:
             assert self.gate is not None
             gate = linear(h, self.gate)
+            if self.gate_bias is not None:
+                gate = (gate.view(len(h), self.spec.heads, -1) + self.gate_bias[:, None]).flatten(1)
         if self.spec.gate == "softplus_per_head":
             gate = F.softplus(gate.float()).to(mixed.dtype)
         else:
@@ -190,6 +192,15 @@ class TorchAttention:
     @property
     def _is_plain(self) -> bool:
         return self.sinks is None and not self.spec.softcap
+
+
+# What queries are multiplied by, for positions counted from 1 (Llama 4; Beam).
+_WARMTH: dict[str, Callable[[Tensor, Attention], Tensor]] = {
+    "log": lambda at, s: (
+        torch.log1p(torch.floor(at / s.temperature_floor)) * s.temperature_scale + 1
+    ),
+    "power": lambda at, s: torch.exp(s.temperature_scale * torch.log1p(at / s.temperature_floor)),
+}
 
 
 def attend(

@@ -39,6 +39,8 @@ class Call:
     rotations: dict[int, tuple[Tensor, Tensor]]  # by the id of a rope: cos, signed sin [R, 1, D]
     read: Tensor = field(default_factory=lambda: torch.empty(0))  # the branch's, before its norm
     taps: dict[str, Tensor] = field(default_factory=dict)  # of the layer that runs
+    # per lane what the last indexer let its tokens see [T, S]; None: all. One list for all devices.
+    choices: list[Tensor | None] = field(default_factory=list)
 
     def spans(self) -> Iterator[tuple[int, int, slice]]:
         """(lane, start, its rows) of every lane."""

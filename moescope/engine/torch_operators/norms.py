@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.engine.decoder import Norm
-from moescope.engine.torch_operators.common import Weights
+from moescope.engine.torch_operators.common import Weights, linear
 
 Normalise = Callable[[Tensor], Tensor]
 
@@ -25,7 +25,21 @@ def load_norm(norm: Norm | None, weights: Weights, path: str) -> Normalise | Non
     if norm is None:
         return None
     weight = weights[f"{path}.weight"] if norm.weight else None
-    return make_norm(norm, weight, weights[f"{path}.bias"] if norm.bias else None)
+    plain = make_norm(norm, weight, weights[f"{path}.bias"] if norm.bias else None)
+    if not norm.gate_rank:
+        return plain
+    return _gated(plain, *(weights[f"{path}.gate_{name}.weight"] for name in "ab"))
+
+
+def _gated(norm: Normalise, down: Tensor, up: Tensor) -> Normalise:
+    """What is normed, times a sigmoid of a narrow layer over it (A.X-K2)."""
+
+    def run(x: Tensor) -> Tensor:
+        y = norm(x)
+        gate = linear(F.silu(linear(y, down)), up)
+        return (y * torch.sigmoid(gate.float())).to(y.dtype)
+
+    return run
 
 
 def _rms(norm: Norm, weight: Tensor | None, bias: Tensor | None) -> Normalise:
