@@ -219,10 +219,13 @@ def pair_counts(expert_ids: NDArray[np.integer[Any]], num_experts: int) -> NDArr
     Balanced: T K (K − 1) / (E (E − 1)) for every pair.
     Source: co-activation in OLMoE, arXiv:2409.02060, section 5.
     """
-    marks = np.zeros((len(expert_ids), num_experts), np.float32)
-    tokens, ranks = np.nonzero((expert_ids >= 0) & (expert_ids < num_experts))
-    marks[tokens, expert_ids[tokens, ranks]] = 1
-    return np.asarray(marks.T @ marks, np.int64)  # exact below 2^24 tokens
+    ids = np.sort(expert_ids.astype(np.int64), axis=1)
+    ids[:, 1:][ids[:, 1:] == ids[:, :-1]] = -1  # an expert twice in one row is one pick
+    used = (ids >= 0) & (ids < num_experts)
+    both = used[:, :, None] & used[:, None, :]
+    cells = (ids[:, :, None] * num_experts + ids[:, None, :])[both]
+    counts = np.bincount(cells, minlength=num_experts**2)
+    return np.asarray(counts.reshape(num_experts, num_experts), np.int64)
 
 
 def lift(pairs: NDArray[np.integer[Any]], tokens: int) -> Floats:

@@ -323,6 +323,10 @@ class History:
                 self._logits.popitem(last=False)
         return held
 
+    def holds(self, lane: Lane, row: int) -> bool:
+        """Whether `logits` of that token are in memory: nothing would be read."""
+        return (lane.sequence, lane.lane, int(lane.position[row])) in self._logits
+
     def _take_events(self) -> None:
         """Events that were told before frame `read` was appended."""
         from moescope.trace.lanes import pieces as pieces_of

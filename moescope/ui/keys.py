@@ -49,6 +49,7 @@ MAIN = (
         Key("shown_next", "v", "shown(1)", "Variant", "Next variant on the same logits.", True),
         Key("shown_previous", "V", "shown(-1)", "Previous variant", "On the same logits."),
         Key("compare", "c", "compare", "Compare", "Two lanes side by side.", True),
+        Key("balance", "b", "balance", "Balance", "How evenly each layer uses its experts."),
         Key("inspect", "enter", "inspect", "Inspect", "The token, layer by layer.", True, "⏎"),
         Key("export", "e", "export", "Export", "Save the trace, in one of several formats.", True),
         Key("layer_up", "up,k", "layer(-1)", "Layer up", "The router above.", shown="↑"),
@@ -137,7 +138,17 @@ TOKEN = (
     Key("leave", "q,escape,enter", "leave", "Close", "", True, "esc"),
 )
 
-TABLES = {"app": APP, "main": MAIN, "compare": COMPARE, "token": TOKEN}
+BALANCE = (
+    Key("pause", "space", "pause", "Pause", "Pause, or go on.", True, "space"),
+    Key("layer_up", "up,k", "layer(-1)", "Layer up", "", True, "↑"),
+    Key("layer_down", "down,j", "layer(1)", "Layer down", "", True, "↓"),
+    Key("token_back", "left_square_bracket", "token(-1)", "Previous token", shown="["),
+    Key("token_on", "right_square_bracket", "token(1)", "Next token", shown="]"),
+    Key("lane", "w", "lane", "Next lane", "Each lane is counted by itself.", True),
+    Key("leave", "q,escape,b", "leave", "Close", "", True, "esc"),
+)
+
+TABLES = {"app": APP, "main": MAIN, "compare": COMPARE, "token": TOKEN, "balance": BALANCE}
 
 
 def bindings(where: str) -> list[BindingType]:

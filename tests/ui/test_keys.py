@@ -9,12 +9,19 @@ from moescope.ui.app import MoescopeApp
 from moescope.ui.arrange import NEEDS, arrange
 from moescope.ui.clock import AWAY, Clock
 from moescope.ui.pace import Meter, Pace
+from moescope.ui.screens.balance import BalanceScreen
 from moescope.ui.screens.compare import CompareScreen
 from moescope.ui.screens.main import MainScreen
 from moescope.ui.screens.token import TokenScreen
 from moescope.ui.tour import PROMPTS, REST, Tour
 
-SCREENS = {"app": MoescopeApp, "main": MainScreen, "compare": CompareScreen, "token": TokenScreen}
+SCREENS = {
+    "app": MoescopeApp,
+    "main": MainScreen,
+    "compare": CompareScreen,
+    "token": TokenScreen,
+    "balance": BalanceScreen,
+}
 
 
 @pytest.mark.parametrize("where", sorted(SCREENS))

@@ -336,6 +336,12 @@ class MainKeys(Screen[None]):
         if self.look.at >= 0:
             self.app.push_screen(TokenScreen(self.look), lambda _: self.draw())
 
+    def action_balance(self) -> None:
+        from moescope.ui.screens.balance import BalanceScreen
+
+        if self.look.at >= 0:
+            self.app.push_screen(BalanceScreen(self), lambda _: self.draw())  # type: ignore[arg-type]
+
     def action_compare(self) -> None:
         from moescope.ui.screens.compare import CompareScreen
 
