@@ -14,13 +14,13 @@ from typing import Any
 
 from moescope.engine.config import Fields, bad
 from moescope.engine.decoder import DecoderSpec, Layer, MoE, RoutedAttention
-from moescope.engine.families import mixtral, olmo, qwen
+from moescope.engine.families import mixtral, olmo, qwen, qwen_hybrid
 from moescope.engine.families.family import Family
 from moescope.errors import MoescopeError
 from moescope.safety import single_line
 
 # Modules that hold a table FAMILIES, in the order of lists.
-LINEAGES = (olmo, qwen, mixtral)
+LINEAGES = (olmo, qwen, mixtral, qwen_hybrid)
 SUPPORTED: dict[str, Family] = {
     name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()
 }

@@ -133,9 +133,15 @@ def attention(
 
 
 def softmax_router(
-    config: Fields, *, renormalises: bool | None = None, combine: Applies = "model", shared: int = 0
+    config: Fields,
+    *,
+    renormalises: bool | None = None,
+    usual_norm: bool = False,
+    combine: Applies = "model",
+    shared: int = 0,
 ) -> RouterSpec:
-    """Softmax over all experts, then top-k. `renormalises` None: by `norm_topk_prob`.
+    """Softmax over all experts, then top-k. `renormalises` None: by `norm_topk_prob`, `usual_norm`
+    where the config is silent.
 
     The gate's product, so its logits too, are in the model's dtype, the softmax in float32
     (transformers: OlmoeTopKRouter and its copies; MixtralTopKRouter leaves the weights float32).
@@ -145,7 +151,7 @@ def softmax_router(
     if chosen > experts:
         raise config.error("num_experts_per_tok", f"at most num_experts {experts}")
     if renormalises is None:
-        renormalises = config.bool("norm_topk_prob", False)
+        renormalises = config.bool("norm_topk_prob", usual_norm)
     return RouterSpec(
         RouterPolicy(chosen, norm_topk_prob=renormalises),
         RouterWiring(
@@ -168,13 +174,20 @@ def pre_norm_layer(sizes: Sizes, mixer: Attention, feed_forward: MoE | MLP) -> L
     return Layer(tuple(Branch(name, op, pre_norm=norm) for name, op in blocks))
 
 
-def decoder(sizes: Sizes, layers: list[Layer], *, applies: Applies = "model") -> DecoderSpec:
+def decoder(
+    sizes: Sizes,
+    layers: list[Layer],
+    *,
+    applies: Applies = "model",
+    final_norm: Norm | None = None,
+) -> DecoderSpec:
+    """`final_norm` None: an RMS norm, multiplied in the dtype `applies` says."""
     return DecoderSpec(
         vocab_size=sizes.vocab,
         hidden=sizes.hidden,
         context=sizes.context,
         layers=tuple(layers),
-        final_norm=Norm(sizes.hidden, sizes.eps, applies=applies),
+        final_norm=final_norm or Norm(sizes.hidden, sizes.eps, applies=applies),
         tied_head=sizes.tied,
     )
 
