@@ -153,6 +153,8 @@ def policies_of(expression: str, routers: Sequence[Router], dtype: str) -> tuple
     from moescope import variants
 
     edits = variants.parse(expression)
+    if edits.decoder:
+        raise _rewires(expression, ", ".join(sorted(edits.decoder)))
     for group in edits.groups:
         if not any(group.holds(router.layer) for router in routers):
             raise MoescopeError(
@@ -165,14 +167,18 @@ def policies_of(expression: str, routers: Sequence[Router], dtype: str) -> tuple
         spec = variants.apply(edits, router.spec, router.layer).resolved(dtype)
         for name in (item.name for item in fields(spec.wiring)):
             if getattr(router.spec.wiring, name) != getattr(spec.wiring, name):
-                raise MoescopeError(
-                    f"{expression}: {name}: expected a field of the router's policy, found "
-                    "one that rewires the decoder",
-                    hint="moescope variants, for the fields a running model can change",
-                    code=ExitCode.USAGE,
-                )
+                raise _rewires(expression, name)
         policies.append(spec.policy)
     return tuple(policies)
+
+
+def _rewires(expression: str, name: str) -> MoescopeError:
+    return MoescopeError(
+        f"{expression}: {name}: expected a field of the router's policy, found one that rewires "
+        "the decoder",
+        hint="moescope variants, for the fields a running model can change",
+        code=ExitCode.USAGE,
+    )
 
 
 def letter(lane: int) -> str:

@@ -1,8 +1,8 @@
-"""Router variants: the catalogue of known faults (data), and the expressions users write.
+"""Variant expressions: read, written in one way, and applied to a router spec.
 
-A variant is edits of a `RouterSpec`. An expression is one or more groups, separated by `/`; a group
-is items separated by `,` and, after `@`, the layers it holds for (`3-7`, `0+2-4`; none: all). An
-item is a name of the catalogue or a field of the spec: `norm_topk_prob=true`, `top_k+1`.
+An expression is one or more groups, separated by `/`; a group is items separated by `,` and, after
+`@`, the layers it holds for (`3-7`, `0+2-4`; none: all). An item is a name of the catalogue or a
+field of the spec: `norm_topk_prob=true`, `top_k+1`.
 
     softmax_over_selected        norm_topk_prob=true,num_experts_per_tok=4@3-7
 """
@@ -12,247 +12,20 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
+from moescope.variants.catalogue import CATALOGUE
+from moescope.variants.entry import By, Variant
 
 MAX_LENGTH = 1000
 MAX_LAYER = 9999
 HINT = "moescope variants lists names and fields"
 
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One entry of the catalogue. A mapping as an edit's value turns present values into new ones
-    and leaves others alone; `requires` names the present values it makes sense for."""
-
-    name: str
-    title: str
-    summary: str
-    policy: Mapping[str, Any] = field(default_factory=dict)
-    wiring: Mapping[str, Any] = field(default_factory=dict)
-    layers: tuple[tuple[int, int], ...] | None = None
-    evidence: str = ""
-    requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-
-
-_BIASED = {"correction_bias": ("score", "logit")}
-_NORMED = {"norm_topk_prob": (True,)}
-_ALL = (
-    Variant(
-        "trained",
-        "as trained",
-        "The router that the checkpoint was trained with.",
-    ),
-    Variant(
-        "softmax_over_selected",
-        "softmax over the selected",
-        "Scores only the chosen experts, so their weights sum to 1: coherent at first, then drift.",
-        {"score_order": "topk_then_score", "norm_topk_prob": False},
-        evidence="lablup/mlxcel #391 (OLMoE), tinygrad #17377, vllm-gaudi #970, "
-        "HabanaAI/vllm-fork #1852; mlx-lm jamba",
-        requires={"scoring_func": ("softmax",), "correction_bias": ("none", "logit")},
-    ),
-    Variant(
-        "no_renormalisation",
-        "never renormalised",
-        "Leaves the weights of the chosen experts as they came from all scores.",
-        {"norm_topk_prob": False, "score_order": {"topk_then_score": "score_then_topk"}},
-        evidence="torchtitan #1448 (DeepSeek-V3), #2258, #2319 (gpt-oss), Megatron-LM #1593, "
-        "flashinfer #2889; mlx-lm hunyuan",
-    ),
-    Variant(
-        "always_renormalised",
-        "always renormalised",
-        "Divides the chosen weights by their sum where training did not.",
-        {"norm_topk_prob": True},
-        evidence="lablup/mlxcel #391 (OLMoE), axolotl scattermoe layers (default when unset)",
-    ),
-    Variant(
-        "wrong_scoring_func",
-        "sigmoid for softmax, or the other way round",
-        "Scores with the function of another architecture; with a correction bias, ids change too.",
-        {"scoring_func": {"softmax": "sigmoid", "sigmoid": "softmax", "sqrtsoftplus": "softmax"}},
-        evidence="llama.cpp #18980 and ik_llama.cpp #1174 (GLM-4.7-Flash), mlx-lm #1354, #1883 and "
-        "mlx-swift-lm #332 (LFM2)",
-    ),
-    Variant(
-        "raw_logits_as_weights",
-        "raw logits as weights",
-        "Multiplies the experts with their logits: weights below 0 or above 1.",
-        {"weights_from": "logits", "norm_topk_prob": False},
-        evidence="SGLang #35160 (Qwen2-MoE)",
-    ),
-    Variant(
-        "logits_bf16",
-        "logits in bfloat16",
-        "Rounds the gate's output to bfloat16: near ties flip.",
-        {"logits_dtype": "bfloat16"},
-        evidence="vLLM #14027, #41332, #42501 (MiniMax), SGLang #38695, #29892 (GLM-5.2), "
-        "NeMo Automodel #3650",
-    ),
-    Variant(
-        "scores_bf16",
-        "scores in bfloat16",
-        "Rounds the scores to bfloat16: many exact ties, weights off in the third digit.",
-        {"score_dtype": "bfloat16"},
-        evidence="mlx-lm kimi_linear, gemma4; transformers dbrx and gpt_oss",
-    ),
-    Variant(
-        "double_softmax",
-        "scored twice",
-        "Takes probabilities for logits and scores them again: nearly flat weights.",
-        {"score_passes": 2},
-        evidence="transformers #45131, #45120, VeOmni #715, NeMo #1559",
-        requires={"scoring_func": ("softmax", "sigmoid")},
-    ),
-    Variant(
-        "bias_in_combine_weights",
-        "bias in the combine weights",
-        "Weights come from the biased scores that were meant for choosing only.",
-        {"weights_from": "biased_scores"},
-        evidence="vLLM #12002, transformers #41647 (DeepSeek-V3), #41663 (dots1), #39581 (ERNIE), "
-        "mlx-lm #1257",
-        requires=_BIASED,
-    ),
-    Variant(
-        "selection_bias_dropped",
-        "correction bias dropped",
-        "Chooses without the correction bias: other experts, the same sum.",
-        {
-            "correction_bias": "none",
-            "weights_from": {"biased_scores": "scores", "biased_minus_bias": "scores"},
-        },
-        evidence="vLLM #21586 (ERNIE), SGLang #10440, prime-rl #2681; mlx-lm ernie4_5_moe",
-        requires=_BIASED,
-    ),
-    Variant(
-        "bias_bf16",
-        "correction bias in bfloat16",
-        "Rounds the correction bias: biases far from 0 collapse onto a few values.",
-        {"correction_bias_dtype": "bfloat16"},
-        evidence="SGLang #8729 (GLM-4.5), #31213, #37133 (GLM-5.2), transformers #42580, "
-        "Megatron-LM #1482",
-        requires=_BIASED,
-    ),
-    Variant(
-        "weights_by_subtracting_bias",
-        "weights by subtracting the bias",
-        "Recovers the score as (score + bias) − bias: small scores are lost to rounding.",
-        {"weights_from": "biased_minus_bias"},
-        evidence="flashinfer #3875, vLLM #47367 (GLM-5.2)",
-        requires={"correction_bias": ("score",)},
-    ),
-    Variant(
-        "renorm_eps_missing",
-        "no eps in the sum",
-        "Divides by a bare sum: NaN where every chosen score underflowed.",
-        {"norm_eps": 0.0, "norm_eps_mode": "add"},
-        evidence="flashinfer #3803, #3946, SGLang #31017, #34459",
-        requires=_NORMED,
-    ),
-    Variant(
-        "renorm_eps_added",
-        "1e-6 added to the sum",
-        "Renormalises with the eps of another family: weights shrink where scores are small.",
-        {"norm_eps": 1e-6, "norm_eps_mode": "add"},
-        evidence="mlx-lm #521; transformers lfm2_moe beside its relatives",
-        requires={**_NORMED, "scoring_func": ("sigmoid", "sqrtsoftplus")},
-    ),
-    Variant(
-        "renorm_eps_clamped",
-        "sum clamped at 6.1e-5",
-        "Never divides by less than 6.1e-5: weights of tiny scores no longer sum to 1.",
-        {"norm_eps": 2.0**-14, "norm_eps_mode": "clamp"},
-        evidence="llama.cpp #16655 (build_moe_ffn)",
-        requires=_NORMED,
-    ),
-    Variant(
-        "group_mask_zero",
-        "masked groups at 0",
-        "Masks groups with 0 instead of −inf: they win wherever an admissible value is negative.",
-        {"group_mask_fill": "0"},
-        evidence="DeepSeek-V3 #741, vLLM #13474, SGLang #3705, transformers #45440, #45441; "
-        "mlx-lm deepseek_v3",
-    ),
-    Variant(
-        "group_score_max",
-        "groups scored by their best",
-        "Ranks groups by their best expert, as DeepSeek-V2 does, where the top two are summed.",
-        {"group_score": "max"},
-        evidence="vLLM #13474, Megatron-LM #1378, #1381, mistral.rs #1278",
-    ),
-    Variant(
-        "group_score_top2",
-        "groups scored by their top two",
-        "Ranks groups by the sum of their two best, as DeepSeek-V3 does, where the best counts.",
-        {"group_score": "top2_sum"},
-        evidence="llama.cpp build_moe_ffn (always)",
-    ),
-    Variant(
-        "group_limit_ignored",
-        "group limit ignored",
-        "Chooses among all experts although only some groups are admissible.",
-        {"n_group": 1, "topk_group": 1},
-        evidence="llama.cpp #16063, #14939, axolotl scattermoe layers",
-    ),
-    Variant(
-        "forced_grouping",
-        "groups where there are none",
-        "Takes every sigmoid router for DeepSeek-V3's: 4 of 8 groups admitted.",
-        {"n_group": 8, "topk_group": 4, "group_score": "top2_sum"},
-        evidence="vLLM #34673 (MiniMax-M2.1)",
-        requires={"scoring_func": ("sigmoid",), "n_group": (1,)},
-    ),
-    Variant(
-        "scaling_missing",
-        "scaling factor left out",
-        "Leaves out routed_scaling_factor: the routed experts are too quiet.",
-        {"scale_power": 0},
-        evidence="sglang-jax #1282, SGLang #8511, #8402, #8364, #31449, vLLM #23123",
-    ),
-    Variant(
-        "scaling_twice",
-        "scaling factor applied twice",
-        "Applies routed_scaling_factor in the weights and once more: degenerate text.",
-        {"scale_power": 2},
-        evidence="SGLang #12998",
-    ),
-    Variant(
-        "scaling_site",
-        "scaling factor at the other site",
-        "Scales the routed output instead of the weights, or the other way round.",
-        {"scale_site": {"weights": "routed_output", "routed_output": "weights"}},
-        evidence="SGLang #10019 (LongCat); mlx-lm beside transformers for step3p7, laguna",
-    ),
-    Variant(
-        "sparsemixer_as_softmax",
-        "softmax for SparseMixer",
-        "Softmax, top-2, renormalised: the sum is 1 instead of about 1.7.",
-        {"scoring_func": "softmax", "norm_topk_prob": True},
-        evidence="llama.cpp src/models/phi3.cpp (PhiMoE)",
-        requires={"scoring_func": ("sparsemixer",)},
-    ),
-    Variant(
-        "router_quantised",
-        "gate in 8 bits",
-        "Quantises the gate's weight like any other: near ties flip.",
-        {"gate_quant_bits": 8},
-        evidence="mlx-lm quant_predicate, axolotl #3791, vllm-omni #5573",
-    ),
-    Variant(
-        "tie_break",
-        "ties to the higher id",
-        "Gives exact ties to the higher expert id.",
-        {"tie_break": "higher_id"},
-        evidence="vLLM #55514, #52679, #54403, SGLang #31768",
-    ),
-)
-CATALOGUE: dict[str, Variant] = {variant.name: variant for variant in _ALL}
 
 # What the recorded logits cannot show: it happens before them, or beside the router.
 _ON_LOGITS_TOO = {"combine_dtype"}
@@ -286,6 +59,12 @@ class Group:
     def holds(self, layer: int) -> bool:
         return self.layers is None or any(low <= layer <= high for low, high in self.layers)
 
+    @property
+    def decoder(self) -> tuple[str, ...]:
+        """The names of `DECODER_EDITS` that its items bring."""
+        named = (CATALOGUE[item].decoder for item in self.items if isinstance(item, str))
+        return tuple(name for names in named for name in names)
+
     def __str__(self) -> str:
         items = ",".join(map(str, self.items))
         if self.layers is None:
@@ -310,15 +89,25 @@ class Edits:
         return frozenset(names)
 
     @property
+    def decoder(self) -> frozenset[str]:
+        """The names of `DECODER_EDITS` that hold in some layer."""
+        return frozenset(name for group in self.groups for name in group.decoder)
+
+    def decoder_at(self, layer: int) -> tuple[str, ...]:
+        """The names of `DECODER_EDITS` that hold in `layer`, each once."""
+        held = (group.decoder for group in self.groups if group.holds(layer))
+        return tuple(dict.fromkeys(name for names in held for name in names))
+
+    @property
     def rebuilds(self) -> bool:
-        """Whether the wiring changes, so that an interpreter must rebuild its step."""
-        return bool(self.fields & _hints(RouterWiring).keys())
+        """Whether more than the policy changes, so that an interpreter must rebuild its step."""
+        return bool(self.fields & _hints(RouterWiring).keys() or self.decoder)
 
     @property
     def on_logits(self) -> bool:
         """Whether recorded logits are enough to see what this variant would have decided."""
         unseen = (_hints(RouterWiring).keys() - _ON_LOGITS_TOO) | _BEFORE_LOGITS
-        return not self.fields & unseen
+        return not (self.fields & unseen or self.decoder)
 
     def __str__(self) -> str:
         return "/".join(map(str, self.groups)) or "trained"
@@ -352,6 +141,8 @@ def _parse_item(text: str, expression: str) -> str | Edit:
             known = [*CATALOGUE, *_hints(RouterPolicy), *_hints(RouterWiring)]
             missing = f"{text} needs a value, as in {text}=…"
             _refuse(expression, missing if text in known else _unknown(text, known))
+        if CATALOGUE[text].seen == "none":
+            _refuse(expression, f"{text} is listed only: no router differs by it")
         return text
     name, operator, value = found.groups()
     name = _ALIASES.get(name, name)
@@ -432,17 +223,24 @@ def apply(expression: str | Edits, spec: RouterSpec, layer: int) -> RouterSpec:
     return spec
 
 
-def applicable(variant: Variant | str, spec: RouterSpec) -> bool:
-    """Whether `variant` means something for `spec` and changes what it decides."""
+def applicable(
+    variant: Variant | str, spec: RouterSpec, facts: Collection[str] | None = None
+) -> bool:
+    """Whether `variant` means something for `spec` and changes what it decides, or what is made of
+    it. `facts` are what is known of the decoder around it (see `FACTS`); None: nothing, and what
+    needs some does not apply."""
     variant = CATALOGUE[variant] if isinstance(variant, str) else variant
     if variant.name == "trained":
         return True
+    if variant.seen == "none" or not set(variant.needs) <= set(facts or ()):
+        return False
     if any(_present(spec, name) not in allowed for name, allowed in variant.requires.items()):
         return False
     try:
-        return not _edited(spec, (variant.name,)).equal(spec)
+        edited = _edited(spec, (variant.name,))
     except ValueError:
         return False
+    return bool(variant.decoder) or not edited.equal(spec)
 
 
 def title(expression: str | Edits) -> str:
@@ -484,13 +282,19 @@ def _assignments(
         pairs = []
         for name, value in (*variant.policy.items(), *variant.wiring.items()):
             present = new.get(name, _present(spec, name))
-            changed = value.get(present, present) if isinstance(value, Mapping) else value
-            pairs.append((name, changed))
+            pairs.append((name, _changed(present, value)))
         return pairs
     if item.operator == "=":
         return [(item.field, item.value)]
     present = new.get(item.field, _present(spec, item.field))
     return [(item.field, present + (item.value if item.operator == "+" else -item.value))]
+
+
+def _changed(present: Any, value: Any) -> Any:
+    """An edit's value, given the present one."""
+    if isinstance(value, Mapping):
+        return value.get(present, present)
+    return present + value.amount if isinstance(value, By) else value
 
 
 def _present(spec: RouterSpec, name: str) -> Any:
