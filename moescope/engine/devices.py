@@ -10,9 +10,13 @@ import contextlib
 import ctypes
 import mmap
 import os
+import platform
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
 
 from moescope.engine import parameters
 from moescope.engine.decoder import DecoderSpec, Layer, state_bytes
@@ -25,16 +29,14 @@ _NAME = re.compile(r"(cpu|cuda):(\d{1,3})")
 
 
 def choose_device(wanted: str) -> str:
-    """`auto` is CUDA where torch has it, else the CPU."""
-    import torch
-
-    if wanted == "mlx":
-        raise MoescopeError(
-            "device mlx: this version has no Metal interpreter yet", hint="--device cpu"
-        )
-    if wanted not in ("auto", "cpu", "cuda"):
+    """`auto` is MLX on Apple silicon, CUDA where torch has it, else the CPU."""
+    if wanted not in ("auto", "cpu", "cuda", "mlx"):
         raise MoescopeError(f"device: expected auto, cpu, cuda or mlx, found {wanted[:20]!r}")
-    usable = torch.cuda.is_available()
+    if wanted == "mlx" and find_spec("mlx") is None:
+        raise MoescopeError("device mlx: mlx is not installed", hint="pip install 'moescope[mlx]'")
+    if wanted == "mlx" or (wanted == "auto" and _is_apple_silicon() and has_metal()):
+        return "mlx"
+    usable = _torch(wanted).cuda.is_available()
     if wanted == "cuda" and not usable:
         raise MoescopeError(
             "device cuda: torch finds no CUDA device here",
@@ -43,10 +45,36 @@ def choose_device(wanted: str) -> str:
     return "cuda" if usable and wanted != "cpu" else "cpu"
 
 
+def has_metal() -> bool:
+    """Whether MLX is installed and finds a GPU of Apple's."""
+    try:
+        import mlx.core as mx
+    except ImportError:
+        return False
+    return bool(mx.metal.is_available())
+
+
+def widens_small_models(device: str) -> bool:
+    """Whether models that are small run in float32 there: on CPUs."""
+    return device.startswith("cpu") or (device == "mlx" and not has_metal())
+
+
+def _is_apple_silicon() -> bool:
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+def _torch(device: str) -> Any:
+    """torch, which `pip install moescope` brings everywhere but on Apple silicon."""
+    try:
+        import torch
+    except ImportError as error:
+        hint = "pip install torch" + (", or --device mlx" if has_metal() else "")
+        raise MoescopeError(f"device {device}: torch is not installed", hint=hint) from error
+    return torch
+
+
 def check_devices(names: Sequence[str]) -> tuple[str, ...]:
     """Names such as cuda:0 and cuda:1, of one kind, each there and named once."""
-    import torch
-
     if not 1 <= len(names) <= MAX_DEVICES:
         raise MoescopeError(f"devices: expected 1 to {MAX_DEVICES}, found {len(names)}")
     kinds = set()
@@ -55,8 +83,8 @@ def check_devices(names: Sequence[str]) -> tuple[str, ...]:
         if match is None:
             raise MoescopeError(f"devices: expected names such as cuda:0, found {name[:20]!r}")
         kinds.add(match[1])
-        if match[1] == "cuda" and int(match[2]) >= torch.cuda.device_count():
-            raise MoescopeError(f"devices: {name}: torch finds {torch.cuda.device_count()} here")
+        if match[1] == "cuda" and int(match[2]) >= (found := _torch(name).cuda.device_count()):
+            raise MoescopeError(f"devices: {name}: torch finds {found} here")
     if len(kinds) > 1 or len(set(names)) < len(names):
         raise MoescopeError(f"devices: expected different ones of one kind, found {list(names)}")
     return tuple(names)
@@ -119,7 +147,8 @@ def free_bytes(device: str) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
-    found = [size for size in (_available(), _left_in_group()) if size is not None]
+    known = (_available(), _left_in_group(), _left_for_metal() if device == "mlx" else None)
+    found = [size for size in known if size is not None]
     if found:
         return min(found)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -158,6 +187,16 @@ def _available() -> int | None:
     except (OSError, ValueError):
         pass
     return None
+
+
+def _left_for_metal() -> int | None:
+    """What Metal recommends to use, less what MLX uses already."""
+    if not has_metal():
+        return None
+    import mlx.core as mx
+
+    most = mx.device_info().get("max_recommended_working_set_size")
+    return None if most is None else max(0, int(most) - int(mx.get_active_memory()))
 
 
 def _left_in_group() -> int | None:

@@ -81,7 +81,7 @@ def load_model(request: LoadRequest, progress: Progress = lambda event: None) ->
     found = inspect(request)
     try:
         check_memory(found)
-        weights, notes = _read(found, progress)
+        weights, notes = _reader(found.device)(found, progress)
     finally:
         found.checkpoint.close()
     progress(Loading("preparing", 0, 0, "cache and kernels"))
@@ -128,7 +128,7 @@ def choose_dtype(wanted: str, device: str, checkpoint: Checkpoint, plan: Plan) -
         raise MoescopeError(f"dtype: expected {expected}, found {wanted[:20]!r}")
     total = sum(prod(placement.shape) for placement in plan.placements)
     small = total * ITEM_BYTES[stored] < SMALL
-    return "float32" if device.startswith("cpu") and small else stored
+    return "float32" if small and devices.widens_small_models(device) else stored
 
 
 def _stored_dtype(checkpoint: Checkpoint, plan: Plan) -> str:
@@ -190,7 +190,16 @@ def _split(
     return split
 
 
-class _Reporter:
+def _reader(device: str) -> Callable[[Inspected, Progress], tuple[dict[str, Any], list[str]]]:
+    """What fills the tensors of a plan with what is in the checkpoint, and says what is amiss."""
+    if device != "mlx":
+        return _read
+    from moescope.engine import mlx_weights
+
+    return mlx_weights.read
+
+
+class Reporter:
     """Progress in bytes, at most twenty times a second."""
 
     def __init__(self, progress: Progress, total: int) -> None:
@@ -210,7 +219,7 @@ def _read(found: Inspected, progress: Progress) -> tuple[dict[str, Tensor], list
     at: theirs show in the next router, while attention's may vanish in a softmax."""
     checkpoint = found.checkpoint
     pieces = [piece for placement in found.plan.placements for piece in placement.pieces]
-    report = _Reporter(progress, sum(checkpoint.tensors[piece.source].nbytes for piece in pieces))
+    report = Reporter(progress, sum(checkpoint.tensors[piece.source].nbytes for piece in pieces))
     weights: dict[str, Tensor] = {}
     notes: list[str] = []
     for placement in found.plan.placements:
@@ -221,15 +230,21 @@ def _read(found: Inspected, progress: Progress) -> tuple[dict[str, Tensor], list
             report.what = checkpoint.tensors[piece.source].shard
             _fill(target, piece, checkpoint, report)
         if len(placement.shape) < 3 and (count := _non_finite(target)):
-            notes.append(f"{_called(placement.target)} holds {count} values that are not finite")
+            notes.append(f"{called(placement.target)} holds {count} values that are not finite")
         weights[placement.target] = target
     checkpoint.verify_unchanged()
-    if len(notes) > NOTES:
-        notes[NOTES:] = [f"and {len(notes) - NOTES} more tensors with values that are not finite"]
-    return weights, notes
+    return weights, shortened(notes)
 
 
-def _called(target: str) -> str:
+def shortened(notes: list[str]) -> list[str]:
+    """The first notes about tensors, and how many more there are."""
+    if len(notes) <= NOTES:
+        return notes
+    more = f"and {len(notes) - NOTES} more tensors with values that are not finite"
+    return [*notes[:NOTES], more]
+
+
+def called(target: str) -> str:
     """A tensor of ours in words."""
     words = target.split(".")
     if words[0] != "layers":
@@ -290,7 +305,11 @@ def _non_finite(tensor: Tensor) -> int:
     )
 
 
-def _interpreter(found: Inspected, weights: dict[str, Tensor]) -> Interpreter:
+def _interpreter(found: Inspected, weights: dict[str, Any]) -> Interpreter:
+    if found.device == "mlx":
+        from moescope.engine.mlx_decoder import MLXDecoder
+
+        return MLXDecoder(found.spec, weights, dtype=found.dtype)
     from moescope.engine.torch_decoder import TorchDecoder
 
     layers = found.split.layers if found.split is not None else ()

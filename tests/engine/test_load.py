@@ -187,7 +187,6 @@ def test_free_memory_is_plausible() -> None:
 @pytest.mark.parametrize(
     ("request_", "says"),
     [
-        ({"device": "mlx"}, "device mlx: this version has no Metal interpreter yet"),
         ({"device": "tpu"}, "device: expected auto, cpu, cuda or mlx, found 'tpu'"),
         ({"dtype": "int4"}, "dtype: expected auto, float32, bfloat16 or float16, found 'int4'"),
     ],
