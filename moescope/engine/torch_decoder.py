@@ -8,7 +8,7 @@ asks for and is not in here is refused by the name of the field.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from moescope.engine.decoder import (
 )
 from moescope.engine.interpreter import Draw, Router, StepOutput
 from moescope.engine.limits import refuse_unsupported
+from moescope.engine.rewind import Past
 from moescope.engine.steps import K_LIMIT, Policies, Shared, Step, fused_step
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterPolicy, RouterSpec, Routing
@@ -86,7 +87,9 @@ class TorchDecoder:
         ]
         self._ropes = self._rotary_embeddings()
         self._tables: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # (device, rope's id)
+        self._recurrent = [run for _, run in self._operators if isinstance(run, ops.Recurrent)]
         self._lengths: list[int] = []
+        self._pasts: list[Past] = []  # of lanes, where state is rewritten
         self._interned: dict[RouterSpec, RouterSpec] = {}
         trained = [self._intern(router.spec) for router in self.routers]
         self.policies = Policies(trained)
@@ -130,6 +133,12 @@ class TorchDecoder:
         grouped = [run for run in runs if isinstance(run, ops.TorchMoE) and run.experts.grouped]
         return (", experts native" if self.device == "cpu" else ", experts triton") * bool(grouped)
 
+    def operators(self) -> Iterator[tuple[int, Branch, ops.TorchOperator]]:
+        """Every running operator with its layer and its branch, in execution order."""
+        for number, stage in enumerate(self._stages):
+            for _, run, _, branch in stage.branches:
+                yield number, branch, run
+
     # --- lanes ------------------------------------------------------------------------------
 
     def open(self, lanes: int, capacity: int) -> None:
@@ -152,6 +161,7 @@ class TorchDecoder:
             if capacity > shared.capacity:
                 self._rotate(capacity)
         self._lengths += [0] * (lanes - shared.lanes)
+        self._pasts += [Past() for _ in range(lanes - shared.lanes)]
         shared.lanes, shared.capacity = lanes, capacity
         shared.caches = [attention.cache for _, attention in self._attentions]
         self.policies.open(lanes)
@@ -219,6 +229,8 @@ class TorchDecoder:
     def truncate(self, lane: int, length: int) -> None:
         """Forget everything from `length` on."""
         assert 0 <= length <= self._lengths[lane]
+        if self._recurrent and length < self._lengths[lane]:
+            self._rewind(lane, length)
         self._lengths[lane] = length
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -228,7 +240,9 @@ class TorchDecoder:
             with torch.inference_mode():
                 for _, operator in self._operators:
                     operator.copy(source, target, length)
-        self._lengths[target] = length
+            self._lengths[target] = self._lengths[source]
+            self._pasts[target] = self._pasts[source].copied(self._lengths[source])
+        self.truncate(target, length)
         self.shared.edits += 1
 
     def cache_bytes(self, lanes: int, capacity: int) -> int:
@@ -264,9 +278,37 @@ class TorchDecoder:
             ]
             out = outs[0] if len(outs) == 1 else _merge(outs)
             self.shared.edits += 1
-        for lane in lanes:
+        for lane, row in zip(lanes, ids, strict=True):
             self._lengths[lane] += ids.shape[1]
+            if self._recurrent:
+                self._remember(lane, row.tolist())
         return out
+
+    def _remember(self, lane: int, ids: list[int]) -> None:
+        """What a lane was fed, and now and then what its operators hold."""
+        past = self._pasts[lane]
+        past.fed(ids, self.policies.specs[lane])
+        if past.wants_snapshot(len(ids)):
+            saved = [operator.save(lane) for operator in self._recurrent]
+            past.save(saved, sum(part.nbytes for parts in saved for part in parts))
+
+    @torch.inference_mode()
+    def _rewind(self, lane: int, length: int) -> None:
+        """Restore the nearest snapshot, and feed again what came after it."""
+        past = self._pasts[lane]
+        start = past.nearest(length)
+        for number, operator in enumerate(self._recurrent):
+            operator.restore(lane, past.snapshots[start][number] if start else None)
+        self._lengths[lane] = start
+        now = self.policies.specs[lane]
+        for ids, specs in past.spans(start, length):
+            self.policies.specs[lane] = specs
+            self._groups.clear()
+            self._run((lane,), np.array([ids], np.int64), False, "ids")
+            self._lengths[lane] += len(ids)
+        self.policies.specs[lane] = now
+        self._groups.clear()
+        past.cut(length)
 
     def _one(
         self,

@@ -29,6 +29,7 @@ class TorchRouter:
         self.correction_bias = weights.get(f"{path}.gate.correction_bias")
         self.per_expert_scale = weights.get(f"{path}.gate.per_expert_scale")
         self.seen = _INPUTS[spec.router.wiring.router_input](spec, weights, path)
+        self.alter: Callable[[Tensor], Tensor] | None = None  # the logits, as a fault would
 
     def __call__(self, h: Tensor, call: Call) -> Routing:
         """h [R, H] after the branch's norm -> routing of R rows; the call keeps it."""
@@ -50,8 +51,9 @@ class TorchRouter:
         gate = self._gate(spec.policy.gate_quant_bits).to(dtype)
         bias = None if self.gate_bias is None else self.gate_bias.to(dtype)
         policy = spec.policy
+        logits = linear(x.to(dtype), gate, bias)
         return route_torch(
-            linear(x.to(dtype), gate, bias),
+            logits if self.alter is None else self.alter(logits),
             spec,
             correction_bias=self.correction_bias if policy.correction_bias != "none" else None,
             per_expert_scale=self.per_expert_scale if policy.per_expert_scale else None,
