@@ -79,7 +79,7 @@ def _devices() -> dict[str, Any]:
         "cpu": _memory(),
         "native kernels": _native(),
         "cuda": _guarded(_cuda),
-        "metal": _guarded(_metal),
+        "mlx": _guarded(_mlx),
     }
 
 
@@ -113,10 +113,14 @@ def _cuda() -> str:
     return f"{', '.join(names)}; {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
 
 
-def _metal() -> str:
+def _mlx() -> str:
     import mlx.core as mx
 
-    return "available" if mx.metal.is_available() else "no device"
+    if not mx.metal.is_available():
+        return f"no Metal; runs on the CPU when asked for, slowly (mlx {mx.__version__})"
+    facts = mx.device_info()
+    most = facts.get("max_recommended_working_set_size", 0) / 1e9
+    return f"{facts.get('device_name', 'Metal')}; {most:.1f} GB for models"
 
 
 def _memory() -> str:

@@ -1,30 +1,70 @@
 """Which fields of a `DecoderSpec` the MLX interpreter honours, and how others are refused.
 
-Imports no mlx: `inspect` may ask about a device that is not here.
+The other way round than `limits`: a field that is not named here must keep its default, so that
+what is new in a spec is refused until it is done here too. Imports no mlx.
 """
 
 from __future__ import annotations
 
-from moescope.engine.decoder import MLP, Attention, Branch, DecoderSpec, MoE, Norm, Pass
+from dataclasses import fields
+from typing import Any
+
+from moescope.engine.decoder import (
+    MLP,
+    Attention,
+    Branch,
+    DecoderSpec,
+    Experts,
+    Layer,
+    MoE,
+    Norm,
+    Pass,
+    Rope,
+    RopeScaling,
+)
 from moescope.engine.limits import Limits
 from moescope.errors import ExitCode, MoescopeError
-from moescope.kernels.spec import RouterWiring
+from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
-MLX = Limits(
-    (Attention, MLP, MoE, Pass),
-    {
-        Attention: {"shares_kv_of": (), "temperature_kind": (), "gate_bias": ()},
-        Norm: {"gate_rank": ()},
-        Branch: {"keeps": ()},
-        RouterWiring: {
-            "router_input": ("normed", "residual", "residual_rms_scaled"),
-            "hash_table": (),
-            "shared_combination": ("add", "average"),
-            "expert_pre_norm": (),
-            "expert_post_norm": (),
-        },
+OPERATORS: tuple[type, ...] = (Attention, MLP, MoE, Pass)
+
+HONOURED: dict[type, str] = {
+    DecoderSpec: "vocab_size hidden context layers final_norm tied_head head_bias embedding_scale "
+    "logit_scale logit_softcap carried",
+    Layer: "branches learned_scale",
+    Branch: "name operator pre_norm post_norm multiplier reads adds_to",
+    Norm: "width eps kind weight bias applies",
+    Rope: "theta dims style scaling applies sections",
+    RopeScaling: "kind factor original_context attention_factor beta_fast beta_slow truncate "
+    "low_freq_factor high_freq_factor short_factor long_factor short_mscale long_mscale "
+    "rotated_dims",
+    Attention: "hidden heads kv_heads head_dim scale rope window chunk v_head_dim qkv_bias "
+    "out_bias qk_norm kv_norm qk_norm_over qk_norm_after_rope v_norm clip_qkv sinks softcap gate "
+    "keys_are_values value_scale temperature_scale temperature_floor",
+    MLP: "hidden width activation glu bias limit limit_site alpha up_shift",
+    Experts: "width activation glu bias limit limit_site alpha up_shift hidden",
+    MoE: "hidden router experts shared output_bias router_norm sums_in_float32",
+    Pass: "",
+    RouterSpec: "policy wiring",
+    RouterPolicy: " ".join(f.name for f in fields(RouterPolicy)),  # all are the kernel's
+    RouterWiring: "num_experts num_null_experts null_expert_kind router_dtype gate_bias "
+    "shared_experts shared_expert_gate apply_router_weight_on_input combine_dtype moe_latent_size",
+}
+_VALUES: dict[type, dict[str, tuple[Any, ...]]] = {
+    RouterWiring: {
+        "router_input": ("normed", "residual", "residual_rms_scaled"),
+        "shared_combination": ("add", "average"),
     },
-)
+}
+
+
+def _only(kind: type, honoured: str) -> dict[str, tuple[Any, ...]]:
+    names = honoured.split()
+    others = {f.name: () for f in fields(kind) if f.name not in names}  # type: ignore[arg-type]
+    return {**others, **_VALUES.get(kind, {})}
+
+
+MLX = Limits(OPERATORS, {kind: _only(kind, names) for kind, names in HONOURED.items()})
 
 
 def refuse_unsupported(spec: DecoderSpec) -> None:
