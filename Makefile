@@ -21,9 +21,10 @@ check: .venv/.test
 	$(BIN)/mypy
 	$(PYTEST) -n 2
 
-# The whole matrix of families, configs and prompts; rewrites the committed results file.
+# The whole matrix of families, configs and prompts; rewrites the committed results files.
+# FAMILY=gpt_oss,mixtral runs some of it.
 conformance: .venv/.test
-	$(PYTEST) -m conformance tests/oracle
+	FAMILY=$(FAMILY) $(PYTEST) -m conformance tests/oracle
 
 # Against peers on this CPU; twenty minutes on two cores that do nothing else. BENCH_ARGS reaches
 # the program: --quick, --resume, --folder DIR (keeps the weights), --steps decode,lanes.

@@ -7,11 +7,16 @@ be chosen. Weights are scaled so that routers spread over several nats and every
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.families import INIT, OLDER, TINY
+
+# those with fused steps of their own; `tests.families` knows them all
 FAMILIES = ("olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "mixtral")
 LAYOUTS = ("hub", "fused", "mlx")
+PUBLISHED_AS_NUM_EXPERTS = ("olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe")
 VOCAB = 264
 END, USER, ASSISTANT = 256, 257, 258
 
@@ -29,58 +34,74 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": END,
     "tie_word_embeddings": False,
 }
-_FAMILY: dict[str, dict[str, Any]] = {
-    "olmoe": {"num_experts": 8},
-    "flex_olmo": {"num_experts": 7},
-    "qwen2_moe": {
-        "num_experts": 8,
-        "moe_intermediate_size": 40,
-        "shared_expert_intermediate_size": 56,
-    },
-    "qwen3_moe": {
-        "num_experts": 8,
-        "moe_intermediate_size": 40,
-        "head_dim": 24,
-        "norm_topk_prob": True,
-    },
-    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
-}
+_ROUTERS = (
+    ".gate.weight",
+    ".router.weight",
+    ".router.layer.weight",
+    ".router.proj.weight",
+    ".router.gate.weight",
+    ".router.classifier.weight",
+    ".wg.weight",
+)
+# buffers that checkpoints hold
+_LEARNED_BUFFERS = ("correction_bias", "expert_bias", "balancing_biases")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|user|>' if m['role'] != 'assistant' else '<|assistant|>' }}"
     "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
+def tiny_config(family: str, **overrides: Any) -> Any:
+    """A transformers config; `overrides` are its fields."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(family, **{**_COMMON, **TINY[family], **overrides})
+
+
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     """A float32 transformers model in eval mode; `overrides` are config fields."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-    config = AutoConfig.for_model(family, **{**_COMMON, **_FAMILY[family], **overrides})
+    config = tiny_config(family, **overrides)
     model = AutoModelForCausalLM.from_config(
         config,
         dtype=torch.float32,
         attn_implementation="eager",
         experts_implementation="eager",
     ).eval()
+    special = INIT.get(family, lambda name, tensor, noise: None)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, tensor in model.named_parameters():
+        for name, tensor in _learned(model):
             noise = torch.randn(tensor.shape, generator=generator)
-            if name.endswith("norm.weight") or "layernorm" in name:
-                tensor.copy_(1.0 + 0.25 * noise)
-            elif name.endswith(".bias"):
-                tensor.copy_(0.5 * noise)
-            elif "embed_tokens" in name:
-                # a tied head would only ever repeat the token it reads, were embeddings large
-                tensor.copy_(0.1 * noise if config.tie_word_embeddings else noise)
-            else:
-                gain = 2.0 if name.endswith((".gate.weight", "lm_head.weight")) else 1.2
-                tensor.copy_(gain * noise / tensor.shape[-1] ** 0.5)
+            given = special(name, tensor, noise)
+            tied = config.tie_word_embeddings
+            tensor.copy_(_usual(name, tensor, noise, tied) if given is None else given)
     return model
+
+
+def _learned(model: Any) -> Iterator[tuple[str, Any]]:
+    """Parameters, and buffers that a checkpoint holds."""
+    yield from model.named_parameters()
+    for name, buffer in model.named_buffers():
+        if name.endswith(_LEARNED_BUFFERS):
+            yield name, buffer
+
+
+def _usual(name: str, tensor: Any, noise: Any, tied: bool) -> Any:
+    """Routers spread over several nats, biases of both signs, norms around one."""
+    if name.endswith("norm.weight") or "layernorm" in name:
+        return 1.0 + 0.25 * noise
+    if name.endswith((".bias", *_LEARNED_BUFFERS)):
+        return 0.5 * noise
+    if "embed_tokens" in name:
+        # a tied head would only ever repeat the token it reads, were embeddings large
+        return 0.1 * noise if tied else noise
+    gain = 2.0 if name.endswith((*_ROUTERS, "lm_head.weight")) else 1.2
+    return gain * noise / tensor.shape[-1] ** 0.5
 
 
 def tiny_checkpoint(
@@ -136,7 +157,7 @@ def save_checkpoint(
         model.config.save_pretrained(folder)
         tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
         if model.config.tie_word_embeddings:
-            del tensors["lm_head.weight"]
+            tensors.pop("lm_head.weight", None)
         if layout == "mlx":
             tensors = _mlx_layout(tensors, model.config.model_type)
         elif layout != "fused":
@@ -197,12 +218,15 @@ def _mlx_layout(tensors: dict[str, Any], model_type: str) -> dict[str, Any]:
 def _older_names(path: Path) -> None:
     """Rewrite a config saved by transformers 5 with the names that published configs use."""
     config = json.loads(path.read_text())
-    rope = config.pop("rope_parameters", None) or {}
-    config["rope_theta"] = rope.pop("rope_theta", 10000.0)
-    kind = rope.pop("rope_type", "default")
-    config["rope_scaling"] = {"type": kind, **rope} if kind != "default" else None
+    rope = config.get("rope_parameters") or {}
+    if not any(isinstance(value, dict) for value in rope.values()):  # one rope for all layers
+        config.pop("rope_parameters", None)
+        config["rope_theta"] = rope.pop("rope_theta", 10000.0)
+        kind = rope.pop("rope_type", "default")
+        config["rope_scaling"] = {"type": kind, **rope} if kind != "default" else None
     config["torch_dtype"] = config.pop("dtype", "float32")
     config.pop("layer_types", None)
-    if config["model_type"] != "mixtral" and "num_local_experts" in config:
+    if config["model_type"] in PUBLISHED_AS_NUM_EXPERTS and "num_local_experts" in config:
         config["num_experts"] = config.pop("num_local_experts")
+    OLDER.get(config["model_type"], lambda config: None)(config)
     path.write_text(json.dumps(config, indent=2))

@@ -1,4 +1,4 @@
-"""The rows of the conformance matrix: what each checks, and the numbers it saw.
+"""What the rows of the conformance matrix check, and the numbers they saw.
 
 A row is a plain dict that the results file keeps; `ok` says whether it holds. Default tests run
 some of the rows, `make conformance` all of them.
@@ -6,51 +6,18 @@ some of the rows, `make conformance` all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moescope.engine.load import load_model
-from moescope.engine.protocol import LoadRequest
 from moescope.engine.torch_decoder import TorchDecoder
+from tests.families.kit import Case, Mutant
 from tests.oracle import harness
-from tests.oracle.matrix import ALL, CASES, MUTANTS, PROMPTS, STEPS, Case, Mutant
-from tests.tiny import LAYOUTS
+from tests.oracle.matrix import BF16_TOKENS, BY_ID, PROMPTS, STEPS, Row, mutants_of
 
-BY_ID = {case.id: case for case in CASES}
 BF16_SETS, BF16_KL, BF16_MARGIN = 0.98, 0.02, 2.0**-7
-BF16_TOKENS = 240
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the matrix."""
-
-    kind: str  # float32 | mutant | layout | bfloat16
-    case: str
-    what: str  # the prompt, the mutant, the layout
-
-    @property
-    def id(self) -> str:
-        return f"{self.kind}: {self.case}: {self.what}"
-
-
-def rows() -> Iterator[Row]:
-    """The whole matrix."""
-    for case in ALL:
-        for prompt in PROMPTS:
-            yield Row("float32", case, prompt)
-        for mutant in MUTANTS:
-            if case in mutant.cases:
-                yield Row("mutant", case, mutant.name)
-        for layout in LAYOUTS:
-            for dialect in ("v5", "hub"):
-                yield Row("layout", case, f"{layout}, {dialect} config")
-        yield Row("bfloat16", case, f"{BF16_TOKENS} tokens, teacher-forced")
 
 
 def run(row: Row, folder: Path) -> dict[str, Any]:
@@ -66,42 +33,24 @@ def reference(case: Case, prompt: str) -> harness.Run:
 
 
 @cache
-def ours(case: Case, folder: Path) -> TorchDecoder:
-    return harness.load(harness.write(case, folder))
-
-
-@cache
-def ours_with_weights(case: Case, folder: Path) -> tuple[TorchDecoder, dict[str, Any]]:
-    """The model and its weights by name, to build wrong ones from."""
-    from moescope.engine import load
-
-    kept: dict[str, Any] = {}
-    original = load._interpreter
-
-    def keeping(found: Any, weights: dict[str, Any]) -> Any:
-        kept.update(weights)
-        return original(found, weights)
-
-    load._interpreter = keeping
-    try:
-        model = load_model(LoadRequest(str(harness.write(case, folder)), device="cpu"))
-    finally:
-        load._interpreter = original
-    assert isinstance(model.interpreter, TorchDecoder)
-    return model.interpreter, kept
+def ours(case: Case, folder: Path) -> tuple[TorchDecoder, dict[str, Any]]:
+    """The model and its weights by name."""
+    return harness.loaded(case, folder)
 
 
 def _float32(case: Case, prompt: str, folder: Path) -> dict[str, Any]:
     """Greedy through the cache, all at once, and in chunks: each as transformers does it."""
-    wanted, model = reference(case, prompt), ours(case, folder)
+    wanted, (model, weights) = reference(case, prompt), ours(case, folder)
+    routers = harness.selectors(model.spec, weights)
     found = harness.ours_greedy(model, PROMPTS[prompt])
     seen = harness.difference(wanted, found)
     fed = (*PROMPTS[prompt], *wanted.tokens[:-1])
     uncached = harness.difference(wanted, _with_tokens(harness.ours_forced(model, fed), wanted))
     chunked = harness.difference(wanted, _with_tokens(harness.ours_forced(model, fed, 5), wanted))
-    choice, selection = harness.margins(wanted)
+    choice, selection = harness.margins(wanted, routers)
     return {
-        "ok": all(map(harness.agrees, (seen, uncached, chunked))) and harness.well_posed([wanted]),
+        "ok": all(map(harness.agrees, (seen, uncached, chunked)))
+        and harness.well_posed([wanted], routers),
         "checks": ["24 greedy tokens", "expert sets", "weights", "logits", "cached = uncached"],
         "largest_weight_difference": _short(seen["weights"]),
         "largest_logit_difference": _short(seen["logits"]),
@@ -115,7 +64,7 @@ def _float32(case: Case, prompt: str, folder: Path) -> dict[str, Any]:
 
 def _mutant(case: Case, name: str, folder: Path) -> dict[str, Any]:
     """A wrong spec must be noticed, in the longer of the two sequences."""
-    mutant = next(m for m in MUTANTS if m.name == name)
+    mutant = mutants_of(case)[name]
     wanted = reference(case, "longer-than-window")
     fed = (*PROMPTS["longer-than-window"], *wanted.tokens[:-1])
     model = wrong(case, mutant, folder)
@@ -130,7 +79,7 @@ def _mutant(case: Case, name: str, folder: Path) -> dict[str, Any]:
 
 
 def wrong(case: Case, mutant: Mutant, folder: Path) -> TorchDecoder:
-    model, weights = ours_with_weights(case, folder)
+    model, weights = ours(case, folder)
     return harness.mutated(model, weights, mutant)
 
 
@@ -139,25 +88,27 @@ def _layout(case: Case, what: str, folder: Path) -> dict[str, Any]:
     layout, dialect = what.removesuffix(" config").split(", ")
     path = harness.write(case, folder / layout / dialect, layout=layout, dialect=dialect)
     fed = PROMPTS["longer-than-window"]
-    wanted = harness.ours_forced(ours(case, folder), fed)
+    wanted = harness.ours_forced(ours(case, folder)[0], fed)
     found = harness.ours_forced(harness.load(path), fed)
     same = bool((wanted.logits == found.logits).all() and (wanted.weights == found.weights).all())
     return {"ok": same, "checks": ["identical numbers"]}
 
 
 def _bfloat16(case: Case, _: str, folder: Path) -> dict[str, Any]:
-    """Teacher-forced in bfloat16 against transformers' default attention (sdpa): expert sets where
-    the margin is above rounding, and KL. Its two attentions differ from each other as well; that is
+    """Teacher-forced in bfloat16 against transformers' default attention: expert sets where the
+    margin is above rounding, and KL. Its two attentions differ from each other as well; that is
     the floor, and it stands beside."""
     path = harness.write(case, folder / "bfloat16", dtype="bfloat16")
     ids = tuple(int(i) for i in np.random.default_rng(7).integers(0, 256, BF16_TOKENS))
+    routers = harness.selectors(*_spec_and_weights(case, folder))
+    usual = "sdpa" if harness.model_of(case)._supports_sdpa else "eager"
     wanted, eager = (
         harness.Oracle(_in_bfloat16(harness.model_of(case), kind)).teacher_forced(ids)
-        for kind in ("sdpa", "eager")
+        for kind in (usual, "eager")
     )
     found = harness.ours_forced(harness.load(path, "bfloat16"), ids)
-    same, kl = _close(wanted, found)
-    floor_same, floor_kl = _close(wanted, eager)
+    same, kl = _close(wanted, found, routers)
+    floor_same, floor_kl = _close(wanted, eager, routers)
     return {
         "ok": same >= BF16_SETS and kl <= BF16_KL,
         "checks": ["expert sets in clear rows", "mean KL"],
@@ -168,13 +119,15 @@ def _bfloat16(case: Case, _: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _close(wanted: harness.Run, found: harness.Run) -> tuple[float, float]:
+def _spec_and_weights(case: Case, folder: Path) -> tuple[Any, dict[str, Any]]:
+    model, weights = ours(case, folder)
+    return model.spec, weights
+
+
+def _close(wanted: harness.Run, found: harness.Run, routers: Any) -> tuple[float, float]:
     """The share of clear rows with the same experts, and the mean KL of the logits."""
-    odds = np.exp(wanted.router_logits - wanted.router_logits.max(-1, keepdims=True))
-    worst = np.where(wanted.chosen, odds, np.inf).min(-1)
-    best = np.where(wanted.chosen, -np.inf, odds).max(-1)
-    clear = (worst - best) / worst > BF16_MARGIN
-    same = (wanted.chosen == found.chosen).all(-1)[clear]
+    gaps = [harness.gaps(wanted.router_logits[:, i], *each) for i, each in enumerate(routers)]
+    same = (wanted.chosen == found.chosen).all(-1)[np.stack(gaps, 1) > BF16_MARGIN]
     return float(same.mean()), float(_kl(wanted.logits, found.logits).mean())
 
 

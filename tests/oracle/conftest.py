@@ -1,4 +1,4 @@
-"""Checkpoints are written once per session; `make conformance` collects its rows into a file."""
+"""Checkpoints are written once per session; `make conformance` collects its rows into files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-RESULTS = Path(__file__).with_name("conformance.json")
+RESULTS = Path(__file__).with_name("conformance")
 
 
 @pytest.fixture(scope="session")
@@ -20,17 +20,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def results(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
-    """Rows that conformance tests append to; written only if the whole matrix ran and held."""
+def results() -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """By family, rows that conformance tests append to; a family's file is written if all of its
+    rows ran and held."""
+    from tests.oracle.matrix import BY_FAMILY, rows
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    yield found
+    for family, of_family in found.items():
+        if len(of_family) == len(list(rows(BY_FAMILY[family]))):
+            write_results(family, of_family)
+
+
+def write_results(family: str, found: list[dict[str, Any]]) -> None:
     from importlib.metadata import version
 
-    from tests.oracle.checks import rows
-
-    found: list[dict[str, Any]] = []
-    yield found
-    if os.environ.get("PYTEST_XDIST_WORKER") or len(found) != len(list(rows())):
+    if os.environ.get("PYTEST_XDIST_WORKER"):
         return
-    found.sort(key=lambda row: (row["case"], row["kind"], row["what"]))
+    found = sorted(found, key=lambda row: (row["case"], row["kind"], row["what"]))
     lines = ",\n  ".join(json.dumps(row) for row in found)
     used = {name: version(name) for name in ("torch", "transformers")}
-    RESULTS.write_text(f'{{"versions": {json.dumps(used)},\n "rows": [\n  {lines}\n]}}\n')
+    RESULTS.mkdir(exist_ok=True)
+    text = f'{{"versions": {json.dumps(used)},\n "rows": [\n  {lines}\n]}}\n'
+    (RESULTS / f"{family}.json").write_text(text)

@@ -1,13 +1,16 @@
 """Runs one tiny checkpoint in transformers and in moescope, and compares what they did.
 
-`python -m tests.oracle.harness` searches seeds for the cases of `matrix` and prints them.
+`python -m tests.oracle.harness FAMILY` searches seeds for its cases and prints them.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,11 @@ from moescope.engine.load import load_model
 from moescope.engine.parameters import slots
 from moescope.engine.protocol import LoadRequest
 from moescope.engine.torch_decoder import TorchDecoder
-from tests.oracle.matrix import CASES, PROMPTS, STEPS, Case, Mutant
+from moescope.kernels.reference import select
+from moescope.kernels.spec import RouterSpec
+from tests.families import READ
+from tests.families.kit import TOP_K, Case, Mutant
+from tests.oracle.matrix import BY_FAMILY, PROMPTS, STEPS
 from tests.tiny import save_checkpoint, tiny_model
 
 WEIGHTS, LOGITS, MARGIN = 1e-5, 1e-4, 2e-4
@@ -44,13 +51,6 @@ def model_of(case: Case) -> Any:
     return tiny_model(case.family, seed=case.seed, **case.overrides)
 
 
-def _hash(case: Case) -> int:
-    return hash((case.id, case.seed))
-
-
-Case.__hash__ = _hash  # type: ignore[method-assign]  # its dict of overrides has no hash
-
-
 def dense(ids: NDArray[Any], weights: NDArray[Any], experts: int) -> tuple[Any, Any]:
     """ids and weights [..., K] as flags and weights [..., E]."""
     chosen = np.zeros((*ids.shape[:-1], experts), bool)
@@ -73,11 +73,21 @@ class Oracle:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.heard: list[list[Any]] = []
-        routers = [m for _, m in model.named_modules() if type(m).__name__.endswith("TopKRouter")]
-        self.routers = len(routers)
-        for router in routers:
-            router._forward_hooks.clear()
-            router.register_forward_hook(lambda _m, _i, out: self.heard[-1].append(out))
+        read = READ.get(model.config.model_type, TOP_K)
+        for module in model.modules():
+            if re.search(read.modules, type(module).__name__):
+                module._forward_hooks.clear()
+                module.register_forward_hook(self._hook(read.listen))
+
+    def _hook(self, listen: Any) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            logits, weights, ids = (part.float().numpy() for part in listen(module, inputs, output))
+            flat = logits.reshape(-1, logits.shape[-1])
+            ids = ids.reshape(len(flat), -1).astype(int)
+            weights = weights.reshape(len(flat), -1)
+            self.heard[-1].append((*dense(ids, weights, flat.shape[-1]), flat))
+
+        return hook
 
     def forward(self, ids: NDArray[Any], cache: Any = None) -> tuple[Any, Any, list[Any]]:
         self.heard.append([])
@@ -106,13 +116,9 @@ class Oracle:
 
     def _run(self, tokens: tuple[int, ...], rows: list[Any], routed: list[Any]) -> Run:
         def stacked(index: int) -> NDArray[Any]:
-            return np.concatenate(
-                [np.stack([out[index].float().numpy() for out in one], 1) for one in routed]
-            )
+            return np.concatenate([np.stack([out[index] for out in one], 1) for one in routed])
 
-        scores = stacked(0)  # [P, L, E]
-        chosen, weights = dense(stacked(2).astype(int), stacked(1), scores.shape[-1])
-        return Run(tokens, np.concatenate(rows), chosen, weights, scores)
+        return Run(tokens, np.concatenate(rows), stacked(0), stacked(1), stacked(2))
 
 
 def ours_greedy(model: TorchDecoder, prompt: tuple[int, ...]) -> Run:
@@ -158,20 +164,58 @@ def agrees(seen: dict[str, Any]) -> bool:
     )
 
 
-def margins(run: Run) -> tuple[float, float]:
-    """The closest any greedy choice and any selection came to rounding (relative)."""
+Selector = tuple[RouterSpec, NDArray[np.float64] | None]  # with its correction bias [1, E]
+
+
+def selectors(spec: DecoderSpec, weights: dict[str, torch.Tensor]) -> list[Selector]:
+    """The L routers of a model, in execution order, to judge closeness by."""
+    found = []
+    for layer, name, router in spec.routers():
+        bias = weights.get(f"layers.{layer}.{name}.gate.correction_bias")
+        row = None if bias is None else bias.double().numpy().reshape(1, -1)
+        found.append((router.resolved("float32"), row))
+    return found
+
+
+def margins(run: Run, routers: list[Selector]) -> tuple[float, float]:
+    """The closest any greedy choice and any selection came to rounding."""
     top = np.sort(run.logits, -1)
     choice = float(((top[:, -1] - top[:, -2]) / np.abs(top[:, -1]))[-STEPS:].min())
-    odds = np.exp(run.router_logits - run.router_logits.max(-1, keepdims=True))
-    worst = np.where(run.chosen, odds, np.inf).min(-1)
-    best = np.where(run.chosen, -np.inf, odds).max(-1)
-    return choice, float(((worst - best) / worst).min())
+    selection = min(
+        float(gaps(run.router_logits[:, number], *router).min())
+        for number, router in enumerate(routers)
+    )
+    return choice, selection
 
 
-def well_posed(runs: list[Run]) -> bool:
+def gaps(logits: NDArray[Any], spec: RouterSpec, bias: Any) -> NDArray[np.float64]:
+    """[P]: what the selected are ahead of the others, in selection values: as a share where those
+    are plain softmax scores, else as a difference. Of groups too; of SparseMixer also the distances
+    to its threshold, and of the two selected from each other."""
+    chosen, policy = select(logits, spec, bias), spec.policy
+    values, K = -np.sort(-chosen.values, 1), spec.K
+    if values.shape[1] == K:
+        return np.full(len(values), np.inf)
+    found = [values[:, K - 1] - values[:, K]]
+    by_score = policy.scoring_func == "softmax" and policy.score_order == "score_then_topk"
+    if by_score and policy.correction_bias == "none":
+        found = [found[0] / values[:, K - 1]]
+    if chosen.group_scores is not None:
+        groups = -np.sort(-chosen.group_scores, 1)
+        found.append(groups[:, policy.topk_group - 1] - groups[:, policy.topk_group])
+    if policy.scoring_func == "sparsemixer":
+        found.append(values[:, 0] - values[:, 1])
+        for k in range(2):
+            top = values[:, k : k + 1]
+            far = (top - logits) / np.maximum(np.abs(logits), top)
+            found.append(np.abs(far - 2 * policy.router_jitter_noise).min(1))
+    return np.min(found, 0)
+
+
+def well_posed(runs: list[Run], routers: list[Selector]) -> bool:
     """Whether a comparison of these runs means something: nothing near a tie, some variety."""
     return all(
-        min(margins(run)) > MARGIN
+        min(margins(run, routers)) > MARGIN
         and len(set(run.tokens)) >= 8
         and float(np.ptp(run.router_logits, axis=-1).mean((0,)).min()) >= 2.0
         for run in runs
@@ -204,14 +248,41 @@ def write(case: Case, folder: Path, **options: Any) -> Path:
     return save_checkpoint(model_of(case), folder / f"{case.id}-{len(options)}", **options)
 
 
+def loaded(case: Case, folder: Path) -> tuple[TorchDecoder, dict[str, torch.Tensor]]:
+    """The model in moescope, and its weights by name, to build wrong ones from."""
+    from moescope.engine import load
+
+    kept: dict[str, torch.Tensor] = {}
+    original = load._interpreter
+
+    def keeping(found: Any, weights: dict[str, torch.Tensor]) -> Any:
+        kept.update(weights)
+        return original(found, weights)
+
+    load._interpreter = keeping
+    try:
+        model = load_model(LoadRequest(str(write(case, folder)), device="cpu"))
+    finally:
+        load._interpreter = original
+    assert isinstance(model.interpreter, TorchDecoder)
+    return model.interpreter, kept
+
+
 def search(case: Case, tries: int = 400) -> int:
+    """The first seed of a case that `well_posed` likes."""
     for seed in range(tries):
-        oracle = Oracle(model_of(replace(case, seed=seed)))
-        if well_posed([oracle.greedy(prompt) for prompt in PROMPTS.values()]):
+        tried = replace(case, seed=seed)
+        model_of.cache_clear()
+        with TemporaryDirectory() as folder:
+            model, weights = loaded(tried, Path(folder))
+        oracle = Oracle(model_of(tried))
+        routers = selectors(model.spec, weights)
+        if all(well_posed([oracle.greedy(prompt)], routers) for prompt in PROMPTS.values()):
             return seed
     raise LookupError(case.id)
 
 
 if __name__ == "__main__":
-    for each in CASES:
-        print(each.id, search(each), flush=True)
+    for name in sys.argv[1:] or BY_FAMILY:
+        for each in BY_FAMILY[name]:
+            print(each.id, search(each), flush=True)

@@ -1,9 +1,10 @@
-"""Against transformers, on every commit: one config of each family (`make conformance`: all)."""
+"""Against transformers, on every commit: a run of each family and a sample of the wrong specs that
+must be noticed (`make conformance`: all of it). The committed results are of this very matrix."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,73 +14,102 @@ from moescope.engine import families
 from moescope.engine.load import load_model
 from moescope.engine.protocol import LoadRequest
 from moescope.errors import MoescopeError
+from tests.families import EXEMPT, MUTANTS, REFUSED_EDITS
 from tests.oracle import harness
-from tests.oracle.checks import BY_ID, Row, rows, run
+from tests.oracle import mutants as generic
+from tests.oracle.checks import run
 from tests.oracle.conftest import RESULTS
-from tests.oracle.matrix import ALL, CASES, EXEMPT, FIRST, MUTANTS, REFUSED_EDITS
+from tests.oracle.matrix import BY_FAMILY, BY_ID, CASES, Row, mutants_of, rows, spec_of
+from tests.tiny import FAMILIES
 
-_FIRST = {case.id for case in FIRST}
-_ROWS = [row for row in rows() if row.case in _FIRST]
-_SAMPLED = [row for row in _ROWS if row.kind != "mutant"]
-# every mutant once, on the first of its cases that is not the only one to show it
-_SAMPLED += [
-    Row("mutant", mutant.cases[number % len(mutant.cases)], mutant.name)
-    for number, mutant in enumerate(MUTANTS)
+SAMPLE = 4
+
+
+@pytest.mark.parametrize("family", BY_FAMILY)
+def test_a_run_of_each_family(family: str, folder: Path) -> None:
+    found = run(Row("float32", BY_FAMILY[family][0].id, "longer-than-window"), folder)
+    assert found["ok"], found
+
+
+@pytest.mark.parametrize("family", BY_FAMILY)
+def test_wrong_specs_are_noticed(family: str, folder: Path) -> None:
+    """Some of the first case's; which ones differs from family to family."""
+    case = BY_FAMILY[family][0]
+    names = list(mutants_of(case))
+    first = list(BY_FAMILY).index(family)
+    for number in range(SAMPLE):
+        name = names[(first + number * len(names) // SAMPLE) % len(names)]
+        found = run(Row("mutant", case.id, name), folder)
+        assert found["ok"], found
+
+
+_MORE = [
+    row
+    for family in FAMILIES
+    for row in rows(BY_FAMILY[family][:1])
+    if row.kind in ("layout", "bfloat16")
 ]
 
 
-@pytest.mark.parametrize("row", _SAMPLED, ids=lambda row: row.id)
-def test_row(row: Row, folder: Path) -> None:
+@pytest.mark.parametrize("row", _MORE, ids=lambda row: row.id)
+def test_layouts_and_bfloat16(row: Row, folder: Path) -> None:
     found = run(row, folder)
     assert found["ok"], found
 
 
-def test_results_cover_the_matrix() -> None:
+@pytest.mark.parametrize("family", BY_FAMILY)
+def test_results_cover_the_matrix(family: str) -> None:
     """The committed results are of this very matrix, and all of them held."""
-    held = {(r["kind"], r["case"], r["what"]): r["ok"] for r in _results()}
-    assert set(held) == {(row.kind, row.case, row.what) for row in rows()}
+    held = {(r["kind"], r["case"], r["what"]): r["ok"] for r in _results(family)}
+    assert set(held) == {(row.kind, row.case, row.what) for row in rows(BY_FAMILY[family])}
     assert all(held.values())
 
 
-def test_results_differ_by_rounding_only() -> None:
-    float32 = [row for row in _results() if row["kind"] == "float32"]
-    assert {row["case"] for row in float32} == set(ALL)
+@pytest.mark.parametrize("family", BY_FAMILY)
+def test_results_differ_by_rounding_only(family: str) -> None:
+    float32 = [row for row in _results(family) if row["kind"] == "float32"]
+    assert {row["case"] for row in float32} == {case.id for case in BY_FAMILY[family]}
     for row in float32:
         assert row["distinct_tokens"] >= 8 and row["router_logit_spread"] >= 2
         assert row["largest_weight_difference"] <= harness.WEIGHTS
         assert row["largest_logit_difference"] <= harness.LOGITS
 
 
-def _results() -> list[dict[str, Any]]:
-    return json.loads(RESULTS.read_text())["rows"]  # type: ignore[no-any-return]
+@cache
+def _results(family: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / f"{family}.json").read_text())["rows"]  # type: ignore[no-any-return]
+
+
+def test_no_results_of_what_is_not_supported() -> None:
+    assert {path.stem for path in RESULTS.glob("*.json")} == set(families.SUPPORTED)
 
 
 def test_two_cases_of_each_family() -> None:
-    for model_type in families.SUPPORTED:
-        assert len([case for case in CASES if case.family == model_type]) >= 2
+    assert set(BY_FAMILY) == set(families.SUPPORTED)
+    assert all(len(cases) >= 2 for cases in BY_FAMILY.values())
 
 
-def test_every_field_a_family_sets_has_a_mutant() -> None:
+@pytest.mark.parametrize("family", BY_FAMILY)
+def test_every_field_a_family_sets_has_a_mutant(family: str) -> None:
     """A field off its default must be one that some mutant flips in that case, or be exempt."""
-    for case in CASES:
-        config = json.loads(harness.model_of(case).config.to_json_string(use_diff=False))
-        spec = families.build(config)
-        flipped = {name for mutant in MUTANTS if case.id in mutant.cases for name in mutant.fields}
-        unseen = _set_fields(spec) - flipped - set(EXEMPT)
+    for case in BY_FAMILY[family]:
+        flipped = {name for mutant in mutants_of(case).values() for name in mutant.fields}
+        exempt = {what for who, what in EXEMPT if who in (case.id, family)} | set(generic.EXEMPT)
+        unseen = generic.set_fields(spec_of(case)) - flipped - exempt
         assert not unseen, (case.id, sorted(unseen))
 
 
-def _set_fields(value: Any) -> set[str]:
-    """`Class.field` for every field that is off its default, or has none, in a spec."""
-    found: set[str] = set()
-    for f in fields(value):
-        held = getattr(value, f.name)
-        if held != f.default:
-            found.add(f"{type(value).__name__}.{f.name}")
-        for item in held if isinstance(held, tuple) else (held,):
-            if is_dataclass(item):
-                found |= _set_fields(item)
-    return found
+def test_exemptions_are_of_something() -> None:
+    """An exemption names a case or a family, and a field or a mutant that applies to it."""
+    assert {who for who, _ in EXEMPT} <= set(BY_ID) | set(BY_FAMILY)
+    for who, what in EXEMPT:
+        cases = [case for case in CASES if who in (case.id, case.family)]
+        known = set[str]()
+        for case in cases:
+            spec = spec_of(case)
+            known |= generic.set_fields(spec)
+            known |= {m.name for m in generic.of_case(spec, case.id, case.family, MUTANTS)}
+        assert what in known, (who, what)
 
 
 @pytest.mark.parametrize(
