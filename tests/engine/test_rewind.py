@@ -1,9 +1,8 @@
-"""Going back in a lane: truncating or forking it at any token is feeding a fresh one up to there."""
+"""Going back in a lane: truncated or forked at any token, it goes on as a fresh one fed as far."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
