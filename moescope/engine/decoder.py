@@ -204,7 +204,6 @@ class StateSpace:
     gated_norm: Norm | None = None
     dt_floor: float = 0.0
     dt_ceiling: float = float("inf")
-    norm_groups: int = 1  # of the gated norm
 
     def select_norms(self) -> tuple[tuple[str, Norm | None], ...]:
         """mamba1: the norms of dt, B and C by the names of their tensors."""

@@ -6,6 +6,7 @@ Both dialects of a field are read here (`rope_theta` and `rope_parameters`, `num
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,7 @@ from moescope.engine.families.ropes import Applies
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 SIZE, COUNT = 1 << 20, 4096
+FULL, SLIDING = "full_attention", "sliding_attention"
 ACTIVATIONS: dict[str, Literal["silu"]] = {"silu": "silu", "swish": "silu"}
 
 
@@ -54,10 +56,14 @@ def read_sizes(
     kv_heads: int | None = None,
     head_dim: int | None = None,
     width: int | None = None,
+    layers: int | None = None,
+    eps_key: str = "rms_norm_eps",
+    tied: bool = False,
 ) -> Sizes:
     """The keywords are what the family's own code takes where the config is silent; `kv_heads`
     None: as many as there are heads; `head_dim` None: the heads' share of the hidden width; `width`
-    None: intermediate_size must be there."""
+    None: intermediate_size must be there. `layers`: how many there are, where another field says
+    so; `eps_key`: what this config calls the norms' eps."""
     heads = config.int("num_attention_heads", 1, COUNT)
     if kv_heads is None or "num_key_value_heads" in config.values:
         kv_heads = config.int("num_key_value_heads", 1, COUNT, heads)
@@ -75,13 +81,13 @@ def read_sizes(
         width=config.int("intermediate_size", 1, SIZE)
         if width is None
         else config.int("intermediate_size", 0, SIZE, width),
-        layers=config.int("num_hidden_layers", 1, 1024),
+        layers=layers or config.int("num_hidden_layers", 1, 1024),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         context=config.int("max_position_embeddings", 1, 1 << 30, context),
-        eps=config.float("rms_norm_eps", 0.0, 1.0, default=eps),
-        tied=config.bool("tie_word_embeddings", False),
+        eps=config.float(eps_key, 0.0, 1.0, default=eps),
+        tied=config.bool("tie_word_embeddings", tied),
     )
 
 
@@ -163,13 +169,31 @@ def softmax_router(
     )
 
 
+def read_layer_types(
+    config: Fields,
+    layers: int,
+    kinds: Sequence[str],
+    usual: Sequence[str],
+    key: str = "layer_types",
+) -> list[str]:
+    """One word of `kinds` for every layer; `usual` where the config is silent."""
+    types = config.list(key, str, layers, default=None)
+    if types is None:
+        return list(usual)
+    if unknown := set(types) - set(kinds):
+        raise config.error(key, f"{' or '.join(kinds)}, not {sorted(unknown)[0]}")
+    return list(types)
+
+
 def read_activation(config: Fields) -> Literal["silu"]:
     return ACTIVATIONS[config.str("hidden_act", tuple(ACTIVATIONS), default="silu")]
 
 
-def pre_norm_layer(sizes: Sizes, mixer: Attention, feed_forward: MoE | MLP) -> Layer:
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-    norm = Norm(sizes.hidden, sizes.eps)
+def pre_norm_layer(
+    sizes: Sizes, mixer: Operator, feed_forward: MoE | MLP, *, norm: Norm | None = None
+) -> Layer:
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); `norm` None: an RMS norm."""
+    norm = norm or Norm(sizes.hidden, sizes.eps)
     blocks: tuple[tuple[str, Operator], ...] = (("attention", mixer), ("mlp", feed_forward))
     return Layer(tuple(Branch(name, op, pre_norm=norm) for name, op in blocks))
 

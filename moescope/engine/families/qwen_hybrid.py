@@ -8,7 +8,17 @@ Sources: arXiv 2412.06464 (the mixer); transformers `modeling_qwen3_next.py` and
 from __future__ import annotations
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, Attention, Branch, DecoderSpec, Layer, LinearAttention, MoE, Norm
+from moescope.engine.decoder import (
+    MLP,
+    Attention,
+    Branch,
+    DecoderSpec,
+    Layer,
+    LinearAttention,
+    MoE,
+    Norm,
+    Operator,
+)
 from moescope.engine.families import common, ropes
 from moescope.engine.families.family import Family
 from moescope.engine.families.forms import In
@@ -61,7 +71,10 @@ def _moe(config: Fields, sizes: common.Sizes, router: RouterSpec) -> MoE:
 
 def _decoder(config: Fields, sizes: common.Sizes, moe: MoE, sparse: list[bool]) -> DecoderSpec:
     norm = Norm(sizes.hidden, sizes.eps, "rms_zero_centred", applies="float32")
-    mixers = {LINEAR: ("linear", _delta(config, sizes)), FULL: ("attention", _attention(config, sizes))}
+    mixers: dict[str, tuple[str, Operator]] = {
+        LINEAR: ("linear", _delta(config, sizes)),
+        FULL: ("attention", _attention(config, sizes)),
+    }
     dense = MLP(sizes.hidden, max(sizes.width, 1), common.read_activation(config))
     layers = []
     for kind, routed in zip(_layer_types(config, sizes.layers), sparse, strict=True):

@@ -70,7 +70,7 @@ class Mamba2(Recurrent):
         norm = self.spec.gated_norm
         if norm is None or self.norm is None:
             return mixed
-        groups = mixed.view(len(mixed), -1, self.spec.inner // self.spec.norm_groups)
+        groups = mixed.view(len(mixed), -1, self.spec.inner // self.spec.groups)
         groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + norm.eps)
         return self.norm * groups.view_as(mixed).to(gate.dtype)
 
