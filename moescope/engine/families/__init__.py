@@ -10,20 +10,37 @@ from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
+from moescope.engine import quantised
 from moescope.engine.config import Fields, bad
 from moescope.engine.decoder import DecoderSpec, Layer, MoE, RoutedAttention
-from moescope.engine.families import mixtral, olmo, qwen, qwen_hybrid
 from moescope.engine.families.family import Family
+from moescope.engine.families.places import Plan, place
+from moescope.engine.header import TensorInfo
 from moescope.errors import MoescopeError
 from moescope.safety import single_line
 
-# Modules that hold a table FAMILIES, in the order of lists.
-LINEAGES = (olmo, qwen, mixtral, qwen_hybrid)
-SUPPORTED: dict[str, Family] = {
-    name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()
-}
+_FIRST = ("olmo", "qwen", "mixtral")  # of lists; other lineages by name
+
+
+def _collected() -> dict[str, Family]:
+    """The rows of every module of this package that holds a table FAMILIES."""
+    modules = {
+        module.name: import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)
+    }
+    others = sorted(set(modules) - set(_FIRST))
+    tables = [vars(modules[name]).get("FAMILIES", {}) for name in (*_FIRST, *others)]
+    found: dict[str, Family] = {}
+    for table in tables:
+        assert not set(found) & set(table), set(found) & set(table)
+        found |= table
+    return found
+
+
+SUPPORTED = _collected()
 
 # model_type pattern -> what is missing
 REFUSALS: tuple[tuple[str, str], ...] = (
@@ -71,9 +88,6 @@ def build(config: Mapping[str, Any], model_dtype: str | None = None) -> DecoderS
     """
     family = family_of(config)
     fields = Fields(config)
-    for key in ("quantization_config", "quantization", "quant_method"):
-        if config.get(key):
-            raise _quantised(fields, key)
     try:
         spec = family.build(fields)
     except ValueError as error:  # a combination that specs refuse, from values each fine alone
@@ -81,6 +95,13 @@ def build(config: Mapping[str, Any], model_dtype: str | None = None) -> DecoderS
     if not spec.routers():
         raise _dense(fields.str("model_type"))
     return spec if model_dtype is None else resolved(spec, model_dtype)
+
+
+def plan(config: Mapping[str, Any], spec: DecoderSpec, tensors: Mapping[str, TensorInfo]) -> Plan:
+    """Where the tensors of a checkpoint go, from names, dtypes and shapes alone; MoescopeError for
+    one that is missing, misfits, or is packed in a way that is not implemented."""
+    family = family_of(config)
+    return place(spec, family.names, family.keys, quantised.held(config, tensors))
 
 
 def resolved(spec: DecoderSpec, model_dtype: str) -> DecoderSpec:
@@ -130,15 +151,4 @@ def _dense(model_type: str) -> MoescopeError:
     return bad(
         f"{single_line(model_type, 80)}: no experts in config: nothing to route",
         "give a Mixture-of-Experts checkpoint, or run `moescope` alone for the embedded one",
-    )
-
-
-def _quantised(fields: Fields, key: str) -> MoescopeError:
-    block = fields.raw(key)
-    method = block
-    if isinstance(block, Mapping):
-        method = block.get("quant_method") or block.get("mode") or f"{block.get('bits')} bits"
-    return bad(
-        f"config.json: {key}: expected unquantised weights, found {single_line(str(method), 60)}",
-        "the unquantised repository of the same model (bfloat16)",
     )

@@ -74,7 +74,7 @@ class TorchMLA:
         for n, (lane, start, span) in enumerate(call.spans()):
             end = start + call.tokens
             self.cache[lane, start:end] = rows[span]
-            seen = call.choices[n].to(h.device) if limited and call.choices[n] is not None else None
+            seen = call.choices[n] if limited and call.choices else None
             attend = self._one if call.tokens == 1 else self._many
             parts.append(attend(q[span], self.cache[lane, :end], seen))
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts)  # [R, heads, v_dim]
@@ -108,7 +108,7 @@ class TorchMLA:
         """q [1, heads, D] over rows [S, latent + rope]: no row is expanded."""
         s = self.spec
         if seen is not None:
-            rows = rows[seen[0]]
+            rows = rows[seen[0].to(rows.device)]
         still, moving = q[0].split((s.nope_dim, s.rope_dim), -1)
         inner = torch.bmm(still[:, None], self.to_keys)[:, 0]
         scores = torch.cat((inner, moving), -1) @ rows.T * s.scale
@@ -210,7 +210,7 @@ def _attend(
             query = torch.arange(start + at, end, device=q.device)[:, None]
             mask = torch.arange(end, device=q.device)[None] <= query
         else:
-            mask = seen[at : at + QUERY_BLOCK, :end]
+            mask = seen[at : at + QUERY_BLOCK, :end].to(q.device)
         arrays = (block[None], keys[None, :, :end], values[None, :, :end])
         blocks.append(F.scaled_dot_product_attention(*arrays, mask, scale=scale)[0])
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
