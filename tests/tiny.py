@@ -51,6 +51,12 @@ CHAT_TEMPLATE = (
 )
 
 
+def tiny_fields(family: str) -> dict[str, Any]:
+    """What the config of a tiny model says, without what is null."""
+    fields = {**_COMMON, **TINY[family]}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def tiny_config(family: str, **overrides: Any) -> Any:
     """A transformers config; `overrides` are its fields."""
     from transformers import AutoConfig
@@ -225,7 +231,8 @@ def _older_names(path: Path) -> None:
         kind = rope.pop("rope_type", "default")
         config["rope_scaling"] = {"type": kind, **rope} if kind != "default" else None
     config["torch_dtype"] = config.pop("dtype", "float32")
-    config.pop("layer_types", None)
+    if config["model_type"] in FAMILIES:
+        config.pop("layer_types", None)
     if config["model_type"] in PUBLISHED_AS_NUM_EXPERTS and "num_local_experts" in config:
         config["num_experts"] = config.pop("num_local_experts")
     OLDER.get(config["model_type"], lambda config: None)(config)

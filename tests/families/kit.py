@@ -83,7 +83,7 @@ def on_branches(change: Callable[[Branch], Branch]) -> Edit:
     return edit
 
 
-def on_operators(kind: type, change: Callable[[Any], Any]) -> Edit:
+def on_operators(kind: Any, change: Callable[[Any], Any]) -> Edit:
     def one(branch: Branch) -> Branch:
         if isinstance(branch.operator, kind):
             return replace(branch, operator=change(branch.operator))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from moescope.engine import families
 from moescope.engine.decoder import Attention, DecoderSpec, MoE
 from moescope.errors import MoescopeError
-from tests.tiny import FAMILIES
+from tests.families import TINY
+from tests.tiny import FAMILIES, tiny_config, tiny_fields
 
 # Fields without which nothing is built: a default for them would be a guess at the weights.
 SIZES: dict[str, Any] = {
@@ -58,6 +60,17 @@ def test_absent_fields_are_those_of_the_config_class(family: str) -> None:
     assert block.router.policy.norm_topk_prob == getattr(theirs, "norm_topk_prob", True)
     assert block.experts.activation == theirs.hidden_act
     assert len(spec.routers()) == 4
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_silence_means_what_the_config_class_fills_in(family: str) -> None:
+    """A config that says only what it must, and the same with every field spelled out."""
+    said = {"model_type": family, **tiny_fields(family)}
+    spelled = json.loads(tiny_config(family).to_json_string(use_diff=False))
+    theta = spelled.get("rope_theta") or (spelled.get("rope_parameters") or {}).get("rope_theta")
+    if theta and "rope_parameters" not in said:
+        said["rope_theta"] = theta  # where it is not the usual one it must be said
+    assert families.build(said) == families.build(spelled)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
