@@ -8,7 +8,6 @@ from typing import Any
 from moescope.engine import families, parameters
 from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.decoder import MLA, MLP, Attention, DecoderSpec, Layer, MoE, state_bytes
-from moescope.engine.families.places import place
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MEMORY_CONTEXT = 4096  # tokens of cache counted in the memory needed
@@ -22,7 +21,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     family = families.family_of(checkpoint.config)
     spec = families.build(checkpoint.config)
     stored = checkpoint.tensors
-    plan = place(spec, family.names, family.keys, stored) if stored else None
+    plan = families.plan(checkpoint.config, spec, stored) if stored else None
     active = parameters.count_active(spec)
     context = min(spec.context, MEMORY_CONTEXT)
     routers = [router for _, _, router in spec.routers()]

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from moescope.engine import devices, families, parameters
 from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.decoder import DecoderSpec, state_bytes
 from moescope.engine.families import forms
-from moescope.engine.families.places import Piece, Plan, place
+from moescope.engine.families.family import Family
+from moescope.engine.families.places import Piece, Placement, Plan
+from moescope.engine.header import TensorInfo
 from moescope.engine.protocol import Loading, LoadRequest
+from moescope.engine.quantised import reading
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import single_line
 
@@ -55,7 +60,7 @@ class Inspected:
     """What can be said of a checkpoint without reading a weight."""
 
     checkpoint: Checkpoint
-    family: families.Family
+    family: Family
     spec: DecoderSpec  # dtypes resolved
     plan: Plan
     device: str
@@ -101,7 +106,7 @@ def inspect(request: LoadRequest) -> Inspected:
     try:
         family = families.family_of(checkpoint.config)
         spec = families.build(checkpoint.config)
-        plan = place(spec, family.names, family.keys, checkpoint.tensors)
+        plan = families.plan(checkpoint.config, spec, checkpoint.tensors)
         dtype = choose_dtype(request.dtype, device, checkpoint, plan)
         spec = families.resolved(spec, dtype)
         memory = memory_needed(spec, dtype, device, request.max_context)
@@ -132,20 +137,26 @@ def choose_dtype(wanted: str, device: str, checkpoint: Checkpoint, plan: Plan) -
 
 
 def _stored_dtype(checkpoint: Checkpoint, plan: Plan) -> str:
-    """The commonest dtype of the tensors that will be read; packed or integer ones are refused."""
-    sizes: dict[str, int] = {}
+    """The commonest dtype of the tensors that will be read, of packed ones that of their scales;
+    bytes and integers that no format explains are refused."""
+    sizes = dict.fromkeys(_STORED, 0)
     for placement in plan.placements:
         for piece in placement.pieces:
-            info = checkpoint.tensors[piece.source]
-            if info.dtype not in _STORED:
-                raise MoescopeError(
-                    f"{single_line(info.shard, 120)}: {single_line(piece.source, 200)}: "
-                    f"expected F32, BF16 or F16, found {info.dtype}",
-                    hint="the unquantised repository of the same model (bfloat16)",
-                    code=ExitCode.CHECKPOINT,
-                )
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + piece.elements
-    return _STORED[max(sizes, key=lambda kind: sizes[kind])]
+            kinds = {checkpoint.tensors[name].dtype: name for name in piece.published}
+            if piece.packed is None and not kinds.keys() & _STORED.keys():
+                raise _not_a_float(checkpoint.tensors[piece.source])
+            for kind in kinds.keys() & {"BF16", "F16"} or kinds.keys() & _STORED.keys():
+                sizes[kind] += piece.elements
+    return _STORED[max(sizes, key=lambda kind: sizes[kind])] if any(sizes.values()) else "bfloat16"
+
+
+def _not_a_float(info: TensorInfo) -> MoescopeError:
+    return MoescopeError(
+        f"{single_line(info.shard, 120)}: {single_line(info.name, 200)}: "
+        f"expected F32, BF16 or F16, found {info.dtype}",
+        hint="config.json names no format of quantised weights that this could be of",
+        code=ExitCode.CHECKPOINT,
+    )
 
 
 def memory_needed(spec: DecoderSpec, dtype: str, device: str, max_context: int) -> dict[str, int]:
@@ -219,21 +230,26 @@ def _read(found: Inspected, progress: Progress) -> tuple[dict[str, Tensor], list
     at: theirs show in the next router, while attention's may vanish in a softmax."""
     checkpoint = found.checkpoint
     pieces = [piece for placement in found.plan.placements for piece in placement.pieces]
-    report = Reporter(progress, sum(checkpoint.tensors[piece.source].nbytes for piece in pieces))
+    report = Reporter(progress, bytes_of(pieces, checkpoint))
     weights: dict[str, Tensor] = {}
     notes: list[str] = []
     for placement in found.plan.placements:
-        target = _empty(placement.shape, placement.target, found)
+        target = _empty(placement, found)
         if placement.constant is not None:
             target.fill_(placement.constant)
         for piece in placement.pieces:
-            report.what = checkpoint.tensors[piece.source].shard
+            report.what = checkpoint.tensors[piece.published[0]].shard
             _fill(target, piece, checkpoint, report)
         if len(placement.shape) < 3 and (count := _non_finite(target)):
             notes.append(f"{called(placement.target)} holds {count} values that are not finite")
         weights[placement.target] = target
     checkpoint.verify_unchanged()
     return weights, shortened(notes)
+
+
+def bytes_of(pieces: Iterable[Piece], checkpoint: Checkpoint) -> int:
+    """What is read of a checkpoint for them."""
+    return sum(checkpoint.tensors[name].nbytes for piece in pieces for name in piece.published)
 
 
 def shortened(notes: list[str]) -> list[str]:
@@ -252,12 +268,13 @@ def called(target: str) -> str:
     return f"layer {words[1]}: " + ("the router" if words[-2] == "gate" else ".".join(words[2:]))
 
 
-def _empty(shape: tuple[int, ...], target: str, found: Inspected) -> Tensor:
+def _empty(placement: Placement, found: Inspected) -> Tensor:
     import torch
 
-    device = found.device_of(target)
+    device = found.device_of(placement.target)
+    dtype = found.dtype if placement.dtype == "model" else placement.dtype
     try:
-        tensor = torch.empty(shape, dtype=getattr(torch, found.dtype), device=device)
+        tensor = torch.empty(placement.shape, dtype=getattr(torch, dtype), device=device)
     except (RuntimeError, MemoryError) as error:
         memory = {**found.memory, "free": devices.free_bytes(device)}
         raise devices.out_of_memory(memory) from error
@@ -278,8 +295,12 @@ def _rows(target: Tensor, piece: Piece) -> Tensor:
 
 
 def _fill(target: Tensor, piece: Piece, checkpoint: Checkpoint, progress: Counted) -> None:
-    """Read one piece into its rows; in another form, one expert's at a time beside them."""
+    """Read one piece into its rows; in another form, or packed, a matrix at a time beside them."""
     rows = _rows(target, piece)
+    if piece.packed is not None:
+        for block, out in enumerate(rows) if piece.blocks else [(None, rows)]:
+            _expand(piece, out, block, checkpoint, progress)
+        return
     if piece.form == forms.PLAIN:
         checkpoint.read_torch(piece.source, out=rows, progress=progress)
         return
@@ -291,6 +312,22 @@ def _fill(target: Tensor, piece: Piece, checkpoint: Checkpoint, progress: Counte
             part = slice(block * each, (block + 1) * each)
         stored = checkpoint.read_torch(piece.source, rows=part, dtype=dtype, progress=progress)
         out.copy_(forms.apply(piece.form, stored, tuple(out.shape), piece.sizes))
+
+
+def _expand(
+    piece: Piece, out: Tensor, block: int | None, checkpoint: Checkpoint, progress: Counted
+) -> None:
+    """One packed matrix into `out`: some rows at a time, or whole where its form moves rows."""
+    import torch
+
+    assert piece.packed is not None
+    parts = reading.expanded(piece.packed, checkpoint, block, progress)
+    if piece.form == forms.PLAIN:
+        for rows, values in parts:
+            out[rows].copy_(torch.from_numpy(np.ascontiguousarray(values)))
+        return
+    stored = torch.from_numpy(np.concatenate([values for _, values in parts]))
+    out.copy_(forms.apply(piece.form, stored, tuple(out.shape), piece.sizes))
 
 
 def _non_finite(tensor: Tensor) -> int:
@@ -318,7 +355,7 @@ def _interpreter(found: Inspected, weights: dict[str, Any]) -> Interpreter:
 
 def _facts(
     checkpoint: Checkpoint,
-    family: families.Family,
+    family: Family,
     spec: DecoderSpec,
     plan: Plan,
     device: str,

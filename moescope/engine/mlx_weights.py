@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from moescope.engine import devices
 from moescope.engine.families import forms
-from moescope.engine.load import Reporter, called, shortened
+from moescope.engine.load import Reporter, bytes_of, called, shortened
 from moescope.engine.mlx_operators import DTYPES, Stored
-from moescope.engine.quantised import numbers
+from moescope.engine.quantised import numbers, reading
 
 if TYPE_CHECKING:
     from moescope.engine.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ def read(found: Inspected, progress: Progress) -> tuple[dict[str, Stored], list[
     looked at: theirs show in the next router."""
     checkpoint = found.checkpoint
     pieces = [piece for placement in found.plan.placements for piece in placement.pieces]
-    report = Reporter(progress, sum(checkpoint.tensors[piece.source].nbytes for piece in pieces))
+    report = Reporter(progress, bytes_of(pieces, checkpoint))
     weights: dict[str, Stored] = {}
     notes: list[str] = []
     for placement in found.plan.placements:
@@ -61,7 +61,7 @@ def _dense(placement: Placement, checkpoint: Checkpoint, dtype: str, report: Rep
     if placement.constant is not None:
         target[...] = _as(np.full((), placement.constant, np.float32), dtype)
     for piece in placement.pieces:
-        report.what = checkpoint.tensors[piece.source].shard
+        report.what = checkpoint.tensors[piece.published[0]].shard
         _fill(_rows(target, piece), piece, checkpoint, dtype, report)
     return whole if dtype == "float32" else whole.view(DTYPES[dtype])
 
@@ -79,6 +79,9 @@ def _rows(target: Array, piece: Piece) -> Array:
 
 def _fill(rows: Array, piece: Piece, checkpoint: Checkpoint, dtype: str, report: Reporter) -> None:
     """Read a piece into its rows, one expert's at a time, or as many rows as a chunk has."""
+    if piece.packed is not None:
+        _expand(rows, piece, checkpoint, dtype, report)
+        return
     info = checkpoint.info(piece.source)
     for out, part in _parts(rows, piece, info.shape, info.row_bytes):
         data = checkpoint.read_bytes(piece.source, part)
@@ -91,6 +94,21 @@ def _fill(rows: Array, piece: Piece, checkpoint: Checkpoint, dtype: str, report:
             stored = numbers.decode(info.dtype, data, shape)
             out[...] = _as(forms.apply(piece.form, stored, out.shape, piece.sizes), dtype)
         report(len(data))
+
+
+def _expand(
+    rows: Array, piece: Piece, checkpoint: Checkpoint, dtype: str, report: Reporter
+) -> None:
+    """The numbers of a packed piece into its rows, one matrix at a time."""
+    assert piece.packed is not None
+    for block, out in enumerate(rows) if piece.blocks else [(None, rows)]:
+        parts = reading.expanded(piece.packed, checkpoint, block, report)
+        if piece.form == forms.PLAIN:
+            for part, values in parts:
+                out[part] = _as(values, dtype)
+            continue
+        stored = np.concatenate([values for _, values in parts])
+        out[...] = _as(forms.apply(piece.form, stored, out.shape, piece.sizes), dtype)
 
 
 def _parts(

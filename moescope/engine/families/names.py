@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from moescope.engine.families.forms import PLAIN, In
 from moescope.engine.families.layouts import ExpertLayout
@@ -196,15 +196,6 @@ class Alternative:
     sources: tuple[Source, ...]
     blocks: OfOperator | None = None
     constant: float | None = None
-
-
-class Stored(Protocol):
-    """What finding asks of a published tensor."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def shard(self) -> str: ...
 
 
 class Dictionary:

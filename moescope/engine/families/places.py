@@ -10,18 +10,26 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from moescope.engine.config import bad
 from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families.forms import FORMS, PLAIN, In, stored_shape
 from moescope.engine.families.layouts import LAYOUTS, ExpertLayout, written_by_mlx
-from moescope.engine.families.names import Alternative, Dictionary, Names, Source, Stored
+from moescope.engine.families.names import Alternative, Dictionary, Names, Source
 from moescope.engine.parameters import Shape, Slot, slots
-from moescope.engine.quantised.packed import Packed
+from moescope.engine.quantised.packed import Held, Packed
 from moescope.safety import single_line
 
-_HARMLESS = ("lm_head.weight", ".rotary_emb.inv_freq")
+# A second copy of a tied head, frequencies that are computed anyway, scales of activations.
+_HARMLESS = (
+    "lm_head.weight",
+    ".rotary_emb.inv_freq",
+    ".input_scale",
+    ".activation_scale",
+    ".k_scale",
+    ".v_scale",
+)
 # Further heads and towers, which a text decoder has no use for.
 _ELSEWHERE = (
     "*mtp.*",
@@ -65,6 +73,13 @@ class Piece:
     def elements(self) -> int:
         return prod(self.shape)
 
+    @property
+    def published(self) -> tuple[str, ...]:
+        """The tensors of the checkpoint that are read for it."""
+        if self.packed is None:
+            return (self.source,)
+        return tuple(name for _, name in self.packed.tensors)
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -74,6 +89,7 @@ class Placement:
     shape: Shape
     pieces: tuple[Piece, ...]
     constant: float | None = None
+    dtype: Literal["model", "float32"] = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +120,13 @@ def place(
     spec: DecoderSpec,
     names: Names,
     keys: Mapping[str, str],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, Held],
 ) -> Plan:
     """Find a source for every tensor of `spec`.
 
     `names` is a family's names table; `keys` renames the words of `Slot.says` to what its config
     calls them; `stored` is what there is by name, packed tensors as what they stand for
-    (`quantised.unpacked`). Raises MoescopeError for a tensor that is missing or has a shape the
+    (`quantised.held`). Raises MoescopeError for a tensor that is missing or has a shape the
     config does not give it.
     """
     placer = _Placer(spec, names, keys, stored)
@@ -132,7 +148,7 @@ class _Placer:
         spec: DecoderSpec,
         names: Names,
         keys: Mapping[str, str],
-        stored: Mapping[str, Stored],
+        stored: Mapping[str, Held],
     ) -> None:
         self.spec, self.keys, self.stored = spec, keys, stored
         self.dictionary = Dictionary(names, stored, mlx=written_by_mlx(stored))
@@ -248,7 +264,7 @@ class _Placer:
     # --- checks -----------------------------------------------------------------------------
 
     def _fits(self, piece: Piece) -> bool:
-        return tuple(self.stored[piece.source].shape) == piece.stored_shape
+        return self.stored[piece.source].fits(piece.stored_shape)
 
     def _checked(self, slot: Slot, placement: Placement) -> Placement:
         """Its pieces checked, with what is packed noted; MoescopeError for a missing tensor."""
@@ -257,10 +273,10 @@ class _Placer:
             info = self.stored.get(piece.source)
             if info is None:
                 raise _missing(piece.source)
-            if tuple(info.shape) != piece.stored_shape:
+            if not info.fits(piece.stored_shape):
                 raise _misfit(slot, piece, info, self.keys)
-            pieces.append(replace(piece, packed=getattr(info, "packed", None)))
-        return Placement(placement.target, placement.shape, tuple(pieces), placement.constant)
+            pieces.append(replace(piece, packed=info.reading(piece.stored_shape)))
+        return replace(placement, pieces=tuple(pieces), dtype=slot.dtype)
 
 
 def _branch_of(slot: Slot) -> str:
@@ -306,7 +322,7 @@ def _missing(name: str) -> Exception:
     )
 
 
-def _misfit(slot: Slot, piece: Piece, info: Stored, keys: Mapping[str, str]) -> Exception:
+def _misfit(slot: Slot, piece: Piece, info: Held, keys: Mapping[str, str]) -> Exception:
     """The words of a shape that does not fit: which key of the config says otherwise."""
     found, expected = tuple(info.shape), piece.stored_shape
     layer = slot.name.split(".")[1] if slot.name.startswith("layers.") else ""

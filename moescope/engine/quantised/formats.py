@@ -1,0 +1,129 @@
+"""The table of packed formats: which published tensors each consists of, and what they stand for.
+
+`expand` gives the numbers of one matrix or a stack of them, in float32. Everything is checked by
+`settings` and `unpacked` before, from names, dtypes and shapes; only what lies in the data is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from moescope.engine.quantised import floats, integers, mlx
+from moescope.engine.quantised.numbers import Array
+from moescope.engine.quantised.packed import Packed
+
+Arrays = Mapping[str, Array]
+_FLOATS = ("F32", "BF16", "F16")
+_BYTES, _WORDS, _SIGNED = ("U8",), ("U32",), ("I32",)
+_E4M3, _E8M0 = ("F8_E4M3",), ("F8_E8M0", "U8")
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One of a format's tensors: the ending of its name and the dtypes it may have."""
+
+    suffix: str
+    dtypes: tuple[str, ...]
+    required: bool = True
+    read: bool = True  # needed for the numbers, and not only said beside them
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """`roles` by name; the first marks a tensor as packed. What they stand for is called by their
+    names with `ending` for the suffix. `by_rows`: some rows of it need the same of each tensor that
+    has as many, so that a large matrix can be expanded piece by piece."""
+
+    roles: Mapping[str, Role]
+    expand: Callable[[Packed, Arrays], Array]
+    ending: str = ".weight"
+    by_rows: bool = True
+
+
+def _mlx(expand: Callable[[Packed, Arrays], Array], *extra: str) -> Format:
+    kinds = {
+        "biases": Role(".biases", _FLOATS),
+        "global_scale": Role(".global_scale", ("F32",), False),
+    }
+    scales = _FLOATS if "biases" in extra else _BYTES
+    roles = {"scales": Role(".scales", scales), "weight": Role(".weight", _WORDS)}
+    return Format({**roles, **{name: kinds[name] for name in extra}}, expand)
+
+
+def _gptq(expand: Callable[[Packed, Arrays], Array], **extra: Role) -> Format:
+    roles = {
+        "weight": Role(".qweight", _SIGNED),
+        "zeros": Role(".qzeros", _SIGNED),
+        "scales": Role(".scales", _FLOATS),
+        **extra,
+    }
+    return Format(roles, expand, by_rows=False)
+
+
+def _bytes(
+    expand: Callable[[Packed, Arrays], Array], scale: tuple[str, ...], whole: bool
+) -> Format:
+    """compressed-tensors: two values of 4 bits in a byte."""
+    roles = {"weight": Role(".weight_packed", _BYTES), "scale": Role(".weight_scale", scale)}
+    if whole:
+        roles["global_scale"] = Role(".weight_global_scale", ("F32",))
+    return Format(roles, expand)
+
+
+FORMATS: dict[str, Format] = {
+    "mlx affine": _mlx(mlx.affine, "biases"),
+    "mlx mxfp4": _mlx(mlx.mxfp4),
+    "mlx mxfp8": _mlx(mlx.mxfp8),
+    "mlx nvfp4": _mlx(mlx.nvfp4, "global_scale"),
+    "MXFP4": Format(
+        {"weight": Role("_blocks", _BYTES), "scales": Role("_scales", _E8M0)},
+        floats.mxfp4_blocks,
+        ending="",
+    ),
+    "FP8": Format(
+        {
+            "scale": Role("_scale_inv", (*_FLOATS, *_E8M0)),
+            "weight": Role("", _E4M3),
+        },
+        floats.fp8,
+        ending="",
+    ),
+    "FP8 (weight_scale)": Format(
+        {
+            "scale": Role(".weight_scale", _FLOATS),
+            "weight": Role(".weight", _E4M3),
+        },
+        floats.fp8,
+    ),
+    "packed integers": Format(
+        {
+            "weight": Role(".weight_packed", _SIGNED),
+            "scale": Role(".weight_scale", _FLOATS),
+            "zero_point": Role(".weight_zero_point", _SIGNED, required=False),
+            "g_idx": Role(".weight_g_idx", _SIGNED, required=False),
+            "shape": Role(".weight_shape", ("I64", "I32"), required=False, read=False),
+        },
+        integers.packed_integers,
+        by_rows=False,
+    ),
+    "NVFP4": _bytes(floats.nvfp4_divided, _E4M3, True),
+    "MXFP4 (weight_packed)": _bytes(floats.mxfp4, _E8M0, False),
+    "NVFP4 (ModelOpt)": Format(
+        {
+            "global_scale": Role(".weight_scale_2", ("F32",)),
+            "scale": Role(".weight_scale", _E4M3),
+            "weight": Role(".weight", _BYTES),
+        },
+        floats.nvfp4_multiplied,
+    ),
+    "GPTQ": _gptq(integers.gptq, g_idx=Role(".g_idx", _SIGNED, required=False)),
+    "AWQ": _gptq(integers.awq),
+}
+
+
+def expand(packed: Packed, arrays: Arrays) -> Array:
+    """The numbers, float32 in the shape of `arrays`: all of `packed.shape`, or those rows or those
+    of its stack that the arrays are of. Arrays are as `numbers.decode` gives them, and may be
+    written over. MoescopeError where the data itself is wrong."""
+    return FORMATS[packed.format].expand(packed, arrays)

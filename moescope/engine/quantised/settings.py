@@ -1,0 +1,213 @@
+"""What a config says of quantised weights, read strictly: unknown methods, formats and keys are
+refused by name, because a scale taken for something else gives fluent, wrong text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from moescope.engine.config import Fields
+from moescope.engine.quantised import compressed, floats, integers, mlx
+from moescope.engine.quantised.scheme import (
+    ACTIVATIONS,
+    MOST,
+    Rule,
+    Scheme,
+    expect_known,
+    group_size,
+    names,
+    one_of,
+)
+
+KEYS = ("quantization_config", "quantization", "compression_config")
+
+
+def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
+    """The scheme of a config, None where its weights are as they are. Raises MoescopeError naming
+    key and value for whatever is not implemented."""
+    found = _block(config)
+    if found is None:
+        return None
+    if "quant_method" not in found.values and ("bits" in found.values or "mode" in found.values):
+        return _mlx(found)
+    method = found.str("quant_method", tuple(METHODS))
+    return METHODS[method](found)
+
+
+def _block(config: Mapping[str, Any]) -> Fields | None:
+    """The object that says how weights are packed. mlx-lm writes its own under two names, and may
+    keep that of the checkpoint it started from under one of them: its own counts."""
+    texts = [config, config.get("text_config")]
+    for holder in (Fields(text) for text in texts if isinstance(text, Mapping)):
+        own = holder.fields("quantization") if holder.has("quantization") else None
+        if own is not None and "quant_method" not in own.values:
+            return own
+        for key in KEYS:
+            if (found := holder.fields(key)) is not None and found.values:
+                return found
+    return None
+
+
+# --- mlx ------------------------------------------------------------------------------------------
+
+_MLX_KEYS = ("group_size", "bits", "mode", "quant_method")
+_MLX_USUAL = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
+def _mlx(block: Fields) -> Scheme:
+    """`{"group_size", "bits", "mode", "<module>": {..} | true | false}`."""
+    whole = _mlx_pair(block, None)
+    rules, plain = [], []
+    for path, value in block.values.items():
+        if path in _MLX_KEYS:
+            continue
+        if value is False:
+            plain.append(path)
+        elif isinstance(value, Mapping):
+            inner = Fields(value, block.file, f"{block.prefix}{path}.")
+            expect_known(inner, "mode bits group_size global_scale")
+            rules.append(_mlx_rule(_mlx_pair(inner, whole), path))
+        elif value is not True:
+            raise block.error(path, "an object, true or false")
+    # A path that is not listed is read by its shapes: mlx-lm infers what the config leaves open.
+    every = [(mode, *pair) for mode, pairs in mlx.PAIRS.items() for pair in pairs]
+    rules += [_mlx_rule(how) for how in dict.fromkeys([whole, *every])]
+    return Scheme("mlx", tuple(rules), tuple(plain), f"{block.file}: {block.prefix.rstrip('.')}")
+
+
+def _mlx_pair(block: Fields, whole: tuple[str, int, int] | None) -> tuple[str, int, int]:
+    """(mode, bits, group size); what is not said is as it is in `whole`, or usual for the mode."""
+    mode = block.str("mode", tuple(mlx.PAIRS), default=whole[0] if whole else "affine")
+    usual = whole[1:] if whole is not None and whole[0] == mode else _MLX_USUAL[mode]
+    bits = block.int("bits", 1, 8, usual[0])
+    size = block.int("group_size", 1, 1024, usual[1])
+    allowed = mlx.PAIRS[mode]
+    if bits not in {pair[0] for pair in allowed}:
+        raise block.error("bits", one_of(pair[0] for pair in allowed))
+    if (bits, size) not in allowed:
+        raise block.error("group_size", one_of(pair[1] for pair in allowed))
+    return mode, bits, size
+
+
+def _mlx_rule(how: tuple[str, int, int], path: str | None = None) -> Rule:
+    mode, bits, size = how
+    return Rule(f"mlx {mode}", partial(mlx.readings, mode=mode, pair=(bits, size)), path)
+
+
+# --- methods of `quant_method` --------------------------------------------------------------------
+
+
+def _mxfp4(block: Fields) -> Scheme:
+    expect_known(block, "modules_to_not_convert dequantize")
+    rule = Rule("MXFP4", floats.mxfp4_blocks_readings)
+    return Scheme("MXFP4", (rule,), *names(block, "modules_to_not_convert"))
+
+
+_FP8_KEYS = """
+    weight_block_size activation_scheme fmt scale_fmt expert_dtype dequantize
+    modules_to_not_convert modules_to_convert ignored_layers
+"""
+
+
+def _fp8(block: Fields) -> Scheme:
+    """Blocks by `weight_block_size`; without it, one scale for a row or a tensor."""
+    expect_known(block, _FP8_KEYS)
+    block.str("fmt", ("e4m3", "float8_e4m3fn"), default="e4m3")
+    block.str("scale_fmt", ("float", "ue8m0"), default="float")
+    block.str("expert_dtype", ("fp8",), default="fp8")
+    block.str("activation_scheme", ("dynamic", "static"), default="dynamic")
+    sizes = block.list("weight_block_size", int, 2, default=None)
+    if sizes is not None and not all(1 <= size <= MOST for size in sizes):
+        raise block.error("weight_block_size", "two positive integers")
+    rules = [
+        Rule(name, partial(floats.fp8_readings, rows=rows, columns=columns))
+        for rows, columns in ([sizes] if sizes else [(1, 0), (0, 0)])
+        for name in ("FP8", "FP8 (weight_scale)")
+    ]
+    plain, listed = names(block, "modules_to_not_convert", "ignored_layers")
+    return Scheme("FP8", tuple(rules), plain, listed, (ACTIVATIONS.format("FP8"),))
+
+
+_GPTQ_KEYS = """
+    bits group_size sym desc_act checkpoint_format format dynamic lm_head pack_dtype
+    modules_in_block_to_quantize block_name_to_quantize module_name_preceding_first_block
+    damp_percent damp_auto_increment true_sequential static_groups meta quantizer dataset version
+    model_name_or_path model_file_base_name model_seqlen batch_size pad_token_id tokenizer uuid
+    backend use_cuda_fp16 use_exllama exllama_config max_input_length cache_block_outputs
+"""
+
+
+def _gptq(block: Fields) -> Scheme:
+    """`dynamic` may give modules bits of their own; which have them is told by their shapes."""
+    expect_known(block, _GPTQ_KEYS)
+    usual = _gptq_bits(block, 4), group_size(block, default=128)
+    version = block.str(
+        ("checkpoint_format", "format"),
+        (integers.GPTQ_V1, integers.GPTQ_V2),
+        default=integers.GPTQ_V1,
+    )
+    block.str("pack_dtype", ("int32",), default="int32")
+    choices = {usual: None}
+    modules = block.fields("dynamic")
+    for path in modules.values if modules is not None else ():
+        assert modules is not None
+        inner = modules.fields(path)
+        if inner is not None and not path.startswith("-:"):
+            size = group_size(inner, default=usual[1] or -1)
+            choices[_gptq_bits(inner, usual[0]), size] = None
+    read = partial(integers.gptq_readings, variant=version)
+    rules = [Rule("GPTQ", partial(read, bits=bits, size=size)) for bits, size in choices]
+    return Scheme("GPTQ", tuple(rules))
+
+
+def _gptq_bits(block: Fields, default: int) -> int:
+    bits = block.int("bits", 1, 8, default)
+    if bits not in integers.GPTQ_BITS:
+        raise block.error("bits", one_of(integers.GPTQ_BITS))
+    return bits
+
+
+_AWQ_KEYS = """
+    bits w_bit group_size q_group_size version zero_point backend modules_to_not_convert
+    do_fuse exllama_config fuse_max_seq_len modules_to_fuse
+"""
+
+
+def _awq(block: Fields) -> Scheme:
+    expect_known(block, _AWQ_KEYS)
+    if block.int(("bits", "w_bit"), 1, 8, 4) != 4:
+        raise block.error(("bits", "w_bit"), "4")
+    block.str("version", ("gemm", "GEMM"), default="gemm")
+    if not block.bool("zero_point", True):
+        raise block.error("zero_point", "true")
+    key = "q_group_size" if block.has("q_group_size") else "group_size"
+    rule = Rule("AWQ", partial(integers.awq_readings, bits=4, size=group_size(block, key, 128)))
+    return Scheme("AWQ", (rule,), *names(block, "modules_to_not_convert"))
+
+
+_MODELOPT_KEYS = """
+    quant_algo group_size exclude_modules ignore kv_cache_quant_algo kv_cache_scheme producer
+    config_groups
+"""
+
+
+def _modelopt(block: Fields) -> Scheme:
+    expect_known(block, _MODELOPT_KEYS)
+    block.str("quant_algo", ("NVFP4",))
+    if group_size(block, default=16) != 16:
+        raise block.error("group_size", "16")
+    rule = Rule("NVFP4 (ModelOpt)", partial(floats.fp4_readings, size=16, whole=True))
+    plain, listed = names(block, "exclude_modules", "ignore")
+    return Scheme("ModelOpt", (rule,), plain, listed, (ACTIVATIONS.format("NVFP4"),))
+
+
+METHODS: dict[str, Callable[[Fields], Scheme]] = {
+    "mxfp4": _mxfp4,
+    "fp8": _fp8,
+    "compressed-tensors": compressed.read_groups,
+    "gptq": _gptq,
+    "awq": _awq,
+    "modelopt": _modelopt,
+}
