@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/balance.md", "docs/keys.md", "docs/performance.md", "docs/variants.md")
+PAGES = (
+    "README.md",
+    "docs/balance.md",
+    "docs/check.md",
+    "docs/keys.md",
+    "docs/performance.md",
+    "docs/variants.md",
+)
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -152,6 +159,19 @@ def balance() -> str:
     return table(("measure", "formula", "balanced", "source"), rows)
 
 
+def tolerances() -> str:
+    from moescope.commands.check import TOLERANCES as OPTIONS
+    from moescope.diagnosis.check import TOLERANCES
+
+    return table(
+        ("option", "what", *TOLERANCES),
+        (
+            (f"`{option}`", text, *(f"{getattr(t, name):g}" for t in TOLERANCES.values()))
+            for option, name, text in OPTIONS
+        ),
+    )
+
+
 def _line(text: str) -> str:
     return " ".join(text.split()).rstrip(".")
 
@@ -166,6 +186,7 @@ def cpu() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "balance": balance,
+    "tolerances": tolerances,
     "cpu": cpu,
     "families": families,
     "conformance": conformance,

@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "compare": "run router variants side by side",
     "inspect": "say what a checkpoint is; loads no weights",
     "variants": "list router variants, and what each would change for a model",
+    "check": "compare a model's routing with a golden trace, for CI",
     "balance": "how evenly a trace uses its experts, and what chance alone would show",
     "convert": "turn a trace into Parquet, CSV or JSONL, and back",
     "replay": "open a recorded trace on the screen; needs no model",

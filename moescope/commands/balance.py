@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from moescope.diagnosis.balance_report import balance_of
     from moescope.trace.formats import open_trace
 
-    lane = None if args.lane is None else _lane(args.lane)
+    lane = None if args.lane is None else lane_of(args.lane)
     trace = open_trace(args.trace, args.from_)
     try:
         found = balance_of(trace, lane, padding=args.padding, pairs=args.pairs)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _lane(text: str) -> int:
+def lane_of(text: str) -> int:
     if len(text) == 1 and text.upper() in LETTERS:
         return LETTERS.index(text.upper())
     if text.isascii() and text.isdigit() and len(text) < 6:
