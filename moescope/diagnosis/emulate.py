@@ -1,0 +1,199 @@
+"""A loaded model made to route as a hypothesis says, fed given tokens: what it would have decided.
+
+A hypothesis is a variant expression, decoder edits included. Runs are teacher-forced, and their
+routing can be forced too: then every layer is judged on the state that the recorded experts lead
+to, and a flip at a near tie does not spoil all that follows. Torch only; large tensors are shared
+with the loaded model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.diagnosis.decisions import weights_at
+from moescope.engine.interpreter import Router
+from moescope.errors import ExitCode, MoescopeError
+from moescope.variants import parse
+
+CHUNK = 128  # tokens fed at once
+LOGITS_BYTES = 64 << 20  # of next-token logits held at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forced:
+    """Experts to execute in place of those decided. `expert_ids` [T, L, K], -1 where a row is to
+    go as it decides; `weights` [T, L, K], None: those the hypothesis gives these experts."""
+
+    expert_ids: NDArray[np.integer[Any]]
+    weights: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Emulation:
+    """What the L routers decided for T tokens; ids -1, weights 0 and logits NaN where unused.
+
+    With forced experts these are still the router's own decisions, on the states they led to.
+    """
+
+    hypothesis: str
+    routers: tuple[Router, ...]  # specs as the hypothesis has them, and their learned vectors
+    token_ids: NDArray[np.int64]  # [T]
+    expert_ids: NDArray[np.int16]  # [T, L, K]
+    weights: NDArray[np.float32]  # [T, L, K]
+    score_sum: NDArray[np.float32]  # [T, L]; NaN where logits were not finite
+    margin: NDArray[np.float32]  # [T, L]
+    logits: NDArray[np.float32]  # [T, L, E], what the routers chose from
+    next_logits: NDArray[np.float32] | None = None  # [T, V], where asked for
+
+
+def emulate(
+    model: Any,
+    token_ids: Sequence[int],
+    hypothesis: str = "trained",
+    *,
+    force: Forced | None = None,
+    router_dtype: str | None = None,
+    next_logits: bool = False,
+) -> Emulation:
+    """Feed `token_ids` to `model` (a `LoadedModel`) under `hypothesis`.
+
+    `router_dtype` is what the routers' `model` dtypes are taken for, where the engine that is
+    emulated ran in another dtype than the model was loaded in. Raises MoescopeError for a
+    hypothesis that means nothing here, tokens outside the vocabulary, and a device without torch.
+    """
+    return emulate_all(
+        model,
+        [token_ids],
+        hypothesis,
+        forced=[force],
+        router_dtype=router_dtype,
+        next_logits=next_logits,
+    )[0]
+
+
+def emulate_all(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    hypothesis: str = "trained",
+    *,
+    forced: Sequence[Forced | None] = (),
+    router_dtype: str | None = None,
+    next_logits: bool = False,
+    first_router: bool = False,
+) -> list[Emulation]:
+    """`emulate` of several sequences, each from its beginning. `first_router` stops after the first
+    layer that has one."""
+    decoder = _built(model, hypothesis, router_dtype, first_router)
+    decoder.open(1, max(1, *(len(ids) for ids in sequences)))
+    runs = _routers_of(decoder)
+    routers = tuple(
+        replace(router, tensors=_tensors(run.router))
+        for router, run in zip(decoder.routers, runs, strict=True)
+    )
+    found = []
+    for number, ids in enumerate(sequences):
+        force = forced[number] if forced else None
+        for index, run in enumerate(runs):
+            inner = run.router.inner if isinstance(run.router, _Forcing) else run.router
+            run.router = inner if force is None else _Forcing(inner, routers[index], index, force)
+        found.append(_fed(decoder, hypothesis, routers, ids, next_logits))
+    return found
+
+
+def _built(model: Any, hypothesis: str, router_dtype: str | None, first_router: bool) -> Any:
+    base = model.interpreter
+    if base.device == "mlx":
+        raise MoescopeError(
+            "emulating a router needs the torch interpreter",
+            hint="--device cpu, with torch installed",
+            code=ExitCode.RESOURCES,
+        )
+    from moescope.engine import families, rewire
+
+    spec = None
+    if router_dtype is not None and router_dtype != base.dtype:
+        spec = families.resolved(families.build(model.checkpoint.config), router_dtype)
+    layers = 1 + base.routers[0].layer if first_router else 0
+    return rewire.rewired(base, parse(hypothesis), spec=spec, layers=layers)
+
+
+def _routers_of(decoder: Any) -> list[Any]:
+    """The running operators that have a router, in the order of `decoder.routers`."""
+    return [run for _, _, run in decoder.operators() if hasattr(run, "router")]
+
+
+def _tensors(router: Any) -> dict[str, NDArray[Any]]:
+    names = ("correction_bias", "per_expert_scale", "hash_table")
+    held = {name: getattr(router, name, None) for name in names}
+    return {
+        name: (t.float() if t.is_floating_point() else t).cpu().numpy()
+        for name, t in held.items()
+        if t is not None
+    }
+
+
+def _fed(
+    decoder: Any, hypothesis: str, routers: tuple[Router, ...], ids: Sequence[int], wanted: bool
+) -> Emulation:
+    decoder.truncate(0, 0)
+    tokens = np.asarray(ids, np.int64)
+    room = LOGITS_BYTES // (4 * decoder.vocab_size) if wanted else CHUNK
+    size = max(1, min(CHUNK, room))
+    outs = [
+        decoder.run([0], tokens[None, at : at + size], all_logits=wanted, record="logits")
+        for at in range(0, len(tokens), size)
+    ]
+    arrays = {
+        name: np.concatenate([getattr(out, name)[0] for out in outs])
+        for name in ("expert_ids", "weights", "score_sum", "margin", "router_logits")
+    }
+    arrays["logits"] = arrays.pop("router_logits")
+    after = np.concatenate([out.logits[0] for out in outs]) if wanted else None
+    return Emulation(hypothesis, routers, tokens, **arrays, next_logits=after)
+
+
+class _Forcing:
+    """A router whose decisions are recorded, while given experts are executed."""
+
+    def __init__(self, inner: Any, router: Router, index: int, force: Forced) -> None:
+        self.inner, self.router = inner, router
+        self.ids = np.asarray(force.expert_ids[:, index], np.int64)  # [T, K]
+        self.weights = None if force.weights is None else force.weights[:, index]
+
+    def __call__(self, h: Any, call: Any) -> Any:
+        import torch
+
+        routing = self.inner(h, call)
+        rows = slice(call.starts[0], call.starts[0] + call.tokens)
+        ids = self.ids[rows]
+        given = (ids >= 0).any(1, keepdims=True)
+        if not given.any():
+            return routing
+        if self.weights is None:
+            logits = routing.logits.cpu().numpy()
+            weights = weights_at(logits, ids, self.router.spec, self.router.tensors)
+        else:
+            weights = self.weights[rows].astype(np.float64)
+        device, width = routing.expert_ids.device, max(ids.shape[1], routing.expert_ids.shape[1])
+
+        def chosen(mine: NDArray[Any], own: Any, fill: float) -> Any:
+            pair = (_wide(rows, width, fill) for rows in (mine, own.cpu().numpy()))
+            return torch.from_numpy(np.where(given, *pair)).to(device, own.dtype)
+
+        return replace(
+            routing,
+            expert_ids=chosen(ids, routing.expert_ids, -1),
+            weights=chosen(weights, routing.weights, 0.0),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def _wide(rows: NDArray[Any], width: int, fill: float) -> NDArray[Any]:
+    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=fill)
