@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +9,7 @@ from functools import cache
 import numpy as np
 
 from moescope.engine import families
+from moescope.engine.config import parse_object
 from moescope.engine.decoder import DecoderSpec
 from tests.families import CASES, EXEMPT, LAYOUTS, MUTANTS
 from tests.families.kit import Case, Mutant
@@ -54,7 +54,9 @@ class Row:
 def spec_of(case: Case) -> DecoderSpec:
     """The spec of a case, from its config as transformers saves it."""
     config = tiny_config(case.family, **case.overrides)
-    return families.build(json.loads(config.to_json_string(use_diff=False)))
+    return families.build(
+        parse_object(config.to_json_string(use_diff=False).encode(), "config.json")
+    )
 
 
 @cache

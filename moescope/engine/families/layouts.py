@@ -63,6 +63,10 @@ LAYOUTS: tuple[ExpertLayout, ...] = (
     ExpertLayout(
         "transformers 5, fused experts",
         gate_up="experts.gate_up_proj",
+        down="experts.down_proj",
+    ),
+    ExpertLayout(
+        "transformers 5, stacked experts without a gate",
         up="experts.up_proj",
         down="experts.down_proj",
     ),
