@@ -95,6 +95,7 @@ class TorchDecoder:
         self.policies = Policies(trained)
         self.shared = Shared(spec, weights, device, dtype, self.routers, self.policies)
         self._groups: dict[tuple[str, tuple[int, ...], int], list[ops.Groups]] = {}
+        self.intervene: Callable[..., Routing] | None = None
         self.step: Step | None = None
         self.why_no_step = "switched off"
         if len(self._devices) > 1:
@@ -199,6 +200,11 @@ class TorchDecoder:
     def set_shadows(self, policies: Sequence[Sequence[RouterPolicy]]) -> None:
         """Route every row under these variants too, and execute nothing of it."""
         self.policies.set_shadows([self._specs_of(variant) for variant in policies])
+
+    def set_intervention(self, intervene: Callable[..., Routing] | None) -> None:
+        """See, and replace, what every router decides (`Call.intervene`); None: no longer. The
+        fused step, which shows nothing, waits meanwhile."""
+        self.intervene = intervene
 
     def _specs_of(self, policies: Sequence[RouterPolicy]) -> list[RouterSpec]:
         assert len(policies) == len(self.routers), "one policy per router"
@@ -317,7 +323,8 @@ class TorchDecoder:
         record: RecordLevel,
         draws: Sequence[Draw] | None,
     ) -> StepOutput:
-        if self.step is None:
+        if self.step is None or self.intervene is not None:
+            self.shared.edits += 1
             return self._run(lanes, ids, False, record)
         starts = tuple(self._lengths[lane] for lane in lanes)
         return self.step(lanes, starts, ids[:, 0], record, draws)
@@ -325,7 +332,8 @@ class TorchDecoder:
     def _run(
         self, lanes: tuple[int, ...], ids: NDArray[np.int64], all_logits: bool, record: RecordLevel
     ) -> StepOutput:
-        calls = self._prepare(lanes, ids, keep_logits=record == "logits")
+        watched = self.intervene is not None
+        calls = self._prepare(lanes, ids, keep_logits=watched or record == "logits")
         first = calls[self.device]
         x = F.embedding(first.token_ids, self._embed)  # [R, H]
         if self.spec.embedding_scale != 1.0:
@@ -396,6 +404,7 @@ class TorchDecoder:
                     if place == device
                 },
                 choices=choices,
+                intervene=self.intervene,
             )
         return calls
 

@@ -6,9 +6,10 @@ width, E experts, K picked, G query heads per key head, D head width, S keys in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,8 @@ class Call:
     taps: dict[str, Tensor] = field(default_factory=dict)  # of the layer that runs
     # per lane what the last indexer let its tokens see [T, S]; None: all. One list for all devices.
     choices: list[Tensor | None] = field(default_factory=list)
+    # sees each router, what it read [R, H] and its routing, and gives the routing to execute
+    intervene: Callable[[Any, Tensor, Routing, Call], Routing] | None = None
 
     def spans(self) -> Iterator[tuple[int, int, slice]]:
         """(lane, start, its rows) of every lane."""

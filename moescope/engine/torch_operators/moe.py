@@ -36,17 +36,20 @@ class TorchRouter:
         x = self.seen(h, call.read)
         groups = call.groups[self.index]
         routing = (
-            self._route(x, groups[0][0], call)
+            self.route(x, groups[0][0], call)
             if len(groups) == 1
             else self._route_groups(x, groups, call)
         )
+        if call.intervene is not None:
+            routing = call.intervene(self, x, routing, call)
         call.routings.append(routing)
         if call.shadows:
-            variants = [self._route(x, specs[self.index], call) for specs in call.shadows]
+            variants = [self.route(x, specs[self.index], call) for specs in call.shadows]
             call.shadow_routings.append(variants)
         return routing
 
-    def _route(self, x: Tensor, spec: RouterSpec, call: Call) -> Routing:
+    def route(self, x: Tensor, spec: RouterSpec, call: Call) -> Routing:
+        """What this router decides under `spec` for rows it reads as `x` [R, H]."""
         dtype = DTYPES[spec.wiring.router_dtype]
         gate = self._gate(spec.policy.gate_quant_bits).to(dtype)
         bias = None if self.gate_bias is None else self.gate_bias.to(dtype)
@@ -75,7 +78,7 @@ class TorchRouter:
         whole = _empty_routing(R, K, E, x.device, call.keep_logits)
         for spec, rows in groups:
             assert rows is not None
-            part = self._route(x[rows], spec, call)
+            part = self.route(x[rows], spec, call)
             for name in ("expert_ids", "scores", "weights"):
                 getattr(whole, name)[rows, : spec.K] = getattr(part, name)
             for name in ("score_sum", "mass", "entropy", "margin", "runner_up"):
