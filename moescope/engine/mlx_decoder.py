@@ -9,6 +9,7 @@ checks no index: so does, and does, this file.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -60,14 +61,16 @@ class InForce:
 
 class MLXDecoder:
     """A loaded model; see `interpreter.Interpreter`. `weights` are the tensors of
-    `parameters.slots(spec)` by name, matrices packed or in `dtype`. `compiled` False runs single
-    tokens as prompts are run, operation by operation: the slow twin."""
+    `parameters.slots(spec)` by name, matrices packed or in `dtype`. With `compiled` False single
+    tokens are run as prompts are, operation by operation. None: compiled on Metal, and elsewhere
+    where MOESCOPE_MLX_COMPILE is 1: a CPU needs a C++ compiler for it, and a second for each of
+    some thirty kernels."""
 
     draws = False
     device = "mlx"
 
     def __init__(
-        self, spec: DecoderSpec, weights: ops.Weights, *, dtype: str, compiled: bool = True
+        self, spec: DecoderSpec, weights: ops.Weights, *, dtype: str, compiled: bool | None = None
     ) -> None:
         refuse_unsupported(spec)
         self._thread = threading.get_ident()
@@ -76,6 +79,8 @@ class MLXDecoder:
         self.routers = tuple(
             Router(layer, router.resolved(dtype), {}) for layer, _, router in spec.routers()
         )
+        if compiled is None:
+            compiled = mx.metal.is_available() or os.environ.get("MOESCOPE_MLX_COMPILE") == "1"
         self.compiled = compiled and compiles()
         self._embed = ops.matrix(weights["embed.weight"])
         self._head = self._embed if spec.tied_head else ops.matrix(weights["head.weight"])
