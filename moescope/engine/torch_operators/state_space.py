@@ -72,7 +72,7 @@ class Mamba2(Recurrent):
             return mixed
         groups = mixed.view(len(mixed), -1, self.spec.inner // self.spec.groups)
         groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + norm.eps)
-        return self.norm * groups.view_as(mixed).to(gate.dtype)
+        return self.norm.float() * groups.view_as(mixed)
 
 
 def selective_scan(
