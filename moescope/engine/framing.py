@@ -53,15 +53,19 @@ def frame_of(
 
 
 def _decisions(output: StepOutput, at: tuple[int, int], record: RecordLevel) -> dict[str, Any]:
-    """The router decisions of one token, copied out of the batch."""
-    always = ("expert_ids", "score_sum", "mass", "entropy", "margin", "runner_up")
-    found = {name: getattr(output, name)[at].copy() for name in always}
-    if record != "ids":
-        for name in ("weights", "scores"):
-            values = getattr(output, name)
-            found[name] = None if values is None else values[at].copy()
+    """The router decisions of one token: views of the batch, which nobody writes to again."""
+    found = {
+        "expert_ids": output.expert_ids[at],
+        "score_sum": output.score_sum[at],
+        "mass": output.mass[at],
+        "entropy": output.entropy[at],
+        "margin": output.margin[at],
+        "runner_up": output.runner_up[at],
+    }
+    if record != "ids" and output.weights is not None and output.scores is not None:
+        found["weights"], found["scores"] = output.weights[at], output.scores[at]
     if record == "logits" and output.router_logits is not None:
-        found["logits"] = output.router_logits[at].copy()
+        found["logits"] = output.router_logits[at]
     return found
 
 
@@ -76,9 +80,7 @@ def _shadows(
     }
     return {
         name: {
-            column: values[at][place].copy()
-            for column, values in columns.items()
-            if values is not None
+            column: values[at][place] for column, values in columns.items() if values is not None
         }
         for place, name in enumerate(names)
     }

@@ -12,14 +12,17 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.engine.kept import Kept
 from moescope.engine.protocol import Sampling
+from moescope.engine.sampling import Expectation
 from moescope.kernels.spec import RouterPolicy, RouterSpec
 from moescope.trace.frames import RecordLevel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepOutput:
-    """What one call computed for N lanes of T tokens each."""
+    """What one call computed for N lanes of T tokens each, in arrays of its own: frames are views
+    of them, so nobody writes to them again."""
 
     logits: NDArray[np.float32]  # [N, T, V], or [N, 1, V] when only the last were asked for
     expert_ids: NDArray[np.int16]  # [N, T, L, K]
@@ -37,6 +40,9 @@ class StepOutput:
     shadow_ids: NDArray[np.int16] | None = None  # [N, T, S, L, K]
     shadow_weights: NDArray[np.float32] | None = None  # [N, T, S, L, K]
     shadow_sums: NDArray[np.float32] | None = None  # [N, T, S, L], score sums
+    # what each row of logits says of the next token, [N][T], where the interpreter found it
+    expected: Sequence[Sequence[Expectation | None]] | None = None
+    kept: Kept | None = None  # the block of memory that routing is views of, where there is one
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from moescope.engine.decoder import MLP, RESIDUAL, Attention, Branch, DecoderSpec, MoE, Norm
 from moescope.engine.interpreter import Draw, StepOutput
+from moescope.engine.kept import LEVELS, Kept
+from moescope.engine.sampling import expectations_of
 from moescope.engine.steps import K_LIMIT, Shared
 from moescope.kernels import native_ops as native
 from moescope.kernels.policy_rows import COLUMN
-from moescope.trace.frames import RecordLevel
+from moescope.trace.frames import ALTERNATIVES, RecordLevel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +99,7 @@ class NativeStep:
         )
         self._lanes, self._starts = np.zeros((2, lanes), np.int32)
         self._ids = np.zeros(lanes, np.int64)
+        self._answers = native.Answers(lanes, min(ALTERNATIVES, shared.spec.vocab_size))
         self._version = -1
 
     def _take_policies(self) -> None:
@@ -115,12 +118,15 @@ class NativeStep:
         self._runner_up = np.full(shape, -1, np.int32)
         self._scores, self._weights = np.zeros((2, *shape, self._width), np.float32)
         self._scalars = np.zeros((*shape, 4), np.float32)
-        self._logits = np.full((lanes, L, E), np.nan, np.float32)
         self._record = native.Record(
             *(self._rows.ctypes.data, places, L, self._width, E),
             *(self._expert_ids.ctypes.data, self._runner_up.ctypes.data),
             *(self._scores.ctypes.data, self._weights.ctypes.data),
-            *(self._scalars.ctypes.data, None),
+            *(self._scalars.ctypes.data, 0, 0, None, None),
+        )
+        self._addresses = (
+            *(array.ctypes.data for array in (self._lanes, self._starts, self._ids)),
+            ctypes.addressof(self._record),
         )
         self._version = policies.version
 
@@ -147,38 +153,28 @@ class NativeStep:
                 self.opened()
             if self._version != self.shared.policies.version:
                 self._take_policies()
-            N = len(lanes)
+            N, asked = len(lanes), self._record
             self._lanes[:N], self._starts[:N], self._ids[:N] = lanes, starts, token_ids
             logits = np.empty((N, 1, self.shared.spec.vocab_size), np.float32)
-            self._record.logits = self._logits.ctypes.data if record == "logits" else None
+            K = max(map(self._most.__getitem__, lanes))
+            kept = Kept.empty((N, 1), asked.routers, K, asked.logits_width, record)
+            asked.level, asked.picks = LEVELS.index(record), K
+            asked.floats, asked.ints = kept.addresses()
             assert self._step is not None
-            self._step.run(
-                *(N, self._lanes.ctypes.data, self._starts.ctypes.data, self._ids.ctypes.data),
-                *(ctypes.addressof(self._record), logits.ctypes.data),
-            )
-            return self._output(lanes, logits, record)
+            into = logits.ctypes.data, ctypes.addressof(self._answers.struct)
+            invalid = self._step.run(N, *self._addresses, *into)
+            return self._output(logits, kept, invalid)
 
-    def _output(
-        self, lanes: tuple[int, ...], logits: NDArray[np.float32], record: RecordLevel
-    ) -> StepOutput:
-        """Copies of what was written, [N, T = 1, L, ...]; shadows [N, 1, S, L, ...]."""
-        N, K, wanted = len(lanes), max(self._most[lane] for lane in lanes), record != "ids"
-        ids = self._expert_ids[:N, None, 0, :, :K].astype(np.int16)
-        score_sum, mass, entropy, margin = self._scalars[:N, None, 0].transpose(3, 0, 1, 2).copy()
-        invalid = ids[:, 0, :, 0] < 0 if K else np.zeros((N, 0), bool)
+    def _output(self, logits: NDArray[np.float32], kept: Kept, invalid: int) -> StepOutput:
+        """What was written, [N, T = 1, L, ...]; shadows are copies, [N, 1, S, L, ...]."""
+        N, wanted = len(logits), kept.level != "ids"
         shadows, most = self._expert_ids.shape[1] > 1, self._most_shadow
         return StepOutput(
             logits=logits,
-            expert_ids=ids,
-            score_sum=score_sum,
-            mass=mass,
-            entropy=entropy,
-            margin=margin,
-            runner_up=self._runner_up[:N, None, 0].astype(np.int16),
-            weights=self._weights[:N, None, 0, :, :K].copy() if wanted else None,
-            scores=self._scores[:N, None, 0, :, :K].copy() if wanted else None,
-            router_logits=self._logits[:N, None].copy() if record == "logits" else None,
-            invalid_router=int(invalid.any(0).argmax()) if invalid.any() else None,
+            **kept.fields(),
+            invalid_router=None if invalid < 0 else invalid,
+            expected=[[found] for found in expectations_of(logits[:, 0], self._answers)],
+            kept=kept,
             shadow_ids=(
                 self._expert_ids[:N, None, 1:, :, :most].astype(np.int16) if shadows else None
             ),
@@ -198,8 +194,8 @@ class _Handle:
         self.address, self._run = address, library.mk_step_run
         weakref.finalize(self, library.mk_step_destroy, address)
 
-    def run(self, *arguments: Any) -> None:
-        self._run(self.address, *arguments)
+    def run(self, *arguments: Any) -> int:
+        return int(self._run(self.address, *arguments))
 
 
 class _Program:
@@ -253,6 +249,7 @@ class _Program:
             x = self._norm(spec.final_norm, "final_norm.weight", x, self._buffer("normed", H))
         head = self._address("embed.weight" if spec.tied_head else "head.weight")
         self._add("head", x=x, rows=spec.vocab_size, cols=H, weight=head)
+        self._add("expect", rows=spec.vocab_size)
 
     def _branch(self, path: str, branch: Branch, held: set[str], H: int) -> None:
         read = h = self._buffer(branch.reads, H)

@@ -22,6 +22,7 @@ from moescope.engine.protocol import LoadRequest, Note
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import single_line
 from moescope.trace.frames import Frame, RecordLevel, RouterInfo, TraceEvent, TraceMeta
+from moescope.trace.record import Arrays
 
 LIMIT_BYTES = 2 << 30  # of an unsaved run
 PIECES = 64  # texts of new ids written as one event
@@ -134,6 +135,7 @@ class Recorder:
         self.failure: MoescopeError | None = None
         self._last = 0  # acknowledged when the writer stopped
         self._dropped = 0
+        self._frames: list[tuple[Frame, Arrays | None]] = []  # of this step
         self._pieces: dict[int, str] = {}
         self._waiting = 0  # frames since the first piece that is not written
 
@@ -142,11 +144,19 @@ class Recorder:
         """Frames that are safe in the trace."""
         return self._last if self.writer is None else int(self.writer.acknowledged)
 
-    def frame(self, frame: Frame) -> Note | None:
-        if self.writer is None:
+    def frame(self, frame: Frame, arrays: Arrays | None = None) -> None:
+        """A frame of this step, `arrays` as for `trace.record`; it is written with the next `send`
+        or event."""
+        if self.writer is not None:
+            self._frames.append((frame, arrays))
+
+    def send(self) -> Note | None:
+        """Write the frames of a step, all at once."""
+        if self.writer is None or not self._frames:
             return None
-        note = self._call("append", frame)
-        self._waiting += bool(self._pieces)
+        frames, self._frames = self._frames, []
+        note = self._call("extend", frames)
+        self._waiting += len(frames) * bool(self._pieces)
         if self._waiting >= PIECES_FRAMES or len(self._pieces) >= PIECES:
             note = self._write_pieces() or note
         return note or self._dropped_since()
@@ -154,7 +164,7 @@ class Recorder:
     def event(self, event: TraceEvent) -> Note | None:
         if self.writer is None:
             return None
-        return self._write_pieces() or self._call("event", event)
+        return self.send() or self._write_pieces() or self._call("event", event)
 
     def pieces(self, fresh: Mapping[int, str]) -> None:
         """Texts of ids seen for the first time; written with some later frame or event."""
@@ -164,7 +174,7 @@ class Recorder:
     def close(self) -> Note | None:
         if self.writer is None:
             return None
-        note = self._write_pieces() or self._call("close") or self._dropped_since()
+        note = self.send() or self._write_pieces() or self._call("close") or self._dropped_since()
         self._last, self.writer = self.acknowledged, None
         return note
 

@@ -9,8 +9,10 @@ V is the size of the vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +44,18 @@ def check(sampling: Sampling) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Expectation:
-    """What the model expects after a token: one row of logits and its log partition sum."""
+    """What the model expects after a token: one row of logits and its log partition sum.
 
-    logits: NDArray[np.float32]  # [V]
+    `best` are the likeliest tokens in order with their logits in `values`, where they are known. A
+    row of a prompt may not have been kept (`logits` None): of it `best` is known, and `next`, the
+    id that follows there with its logit and its rank.
+    """
+
+    logits: NDArray[np.float32] | None  # [V]
     log_sum: float
-    best: NDArray[np.int32] | None = None  # the likeliest tokens in order, where they are known
+    best: Sequence[int] = ()
+    values: Sequence[float] = ()
+    next: tuple[int, float, int] | None = None
 
     @staticmethod
     def of(logits: NDArray[np.float32]) -> Expectation | None:
@@ -56,46 +65,73 @@ class Expectation:
             return None
         return Expectation(logits, top + math.log(float(np.exp(logits - top).sum())))
 
+    @property
+    def row(self) -> NDArray[np.float32]:
+        assert self.logits is not None, "a row that was not kept"
+        return self.logits
+
     def logprob(self, token: int) -> float:
-        return float(self.logits[token]) - self.log_sum
+        if self.next is not None and self.next[0] == token:
+            return self.next[1] - self.log_sum
+        if token in self.best:
+            return self.values[self.best.index(token)] - self.log_sum
+        return float(self.row[token]) - self.log_sum
 
     def rank(self, token: int) -> int:
         """1 for the most likely token; equal logits rank by id."""
-        if self.best is not None and (places := np.flatnonzero(self.best == token)).size:
-            return 1 + int(places[0])
-        value = self.logits[token]
-        above = int(np.count_nonzero(self.logits > value))
-        return 1 + above + int(np.count_nonzero(self.logits[:token] == value))
+        if self.next is not None and self.next[0] == token:
+            return self.next[2]
+        if token in self.best:
+            return 1 + self.best.index(token)
+        value = self.row[token]
+        above = int(np.count_nonzero(self.row > value))
+        return 1 + above + int(np.count_nonzero(self.row[:token] == value))
 
     def likeliest(self, count: int = ALTERNATIVES) -> tuple[tuple[int, float], ...]:
         """The `count` most likely tokens as (id, log probability), best first."""
-        known = self.best is not None and count <= len(self.best)
-        ids = self.best[:count] if known else largest(self.logits, count)  # type: ignore[index]
-        return tuple((int(i), float(self.logits[i]) - self.log_sum) for i in ids)
+        ids, values = self.best[:count], self.values[:count]
+        if len(ids) < count and self.logits is not None:
+            order = largest(self.logits, count)
+            ids, values = order.tolist(), self.logits[order].tolist()
+        return tuple((i, value - self.log_sum) for i, value in zip(ids, values, strict=True))
 
     def likeliest_id(self) -> int:
         """The most likely token, the lower id of equal logits."""
-        return int(self.logits.argmax() if self.best is None else self.best[0])
+        return self.best[0] if self.best else int(self.row.argmax())
 
     def logprobs(self) -> NDArray[np.float32]:
-        return self.logits - np.float32(self.log_sum)
+        return self.row - np.float32(self.log_sum)
 
 
 def expectations(logits: NDArray[np.float32]) -> list[Expectation | None]:
     """`Expectation.of` every row [T, V], in one call of the C library where there is one."""
-    found = native_ops.expect(logits, ALTERNATIVES)
-    if found is None:
+    answers = None
+    if logits.flags.c_contiguous:
+        answers = native_ops.expect(logits.ctypes.data, *logits.shape, ALTERNATIVES)
+    if answers is None:
         return [Expectation.of(row) for row in logits]
+    return expectations_of(logits, answers)
+
+
+def expectations_of(
+    rows: Iterable[NDArray[np.float32] | None], answers: native_ops.Answers
+) -> list[Expectation | None]:
+    """What C found of some rows; None where one is no distribution."""
+    nexts: Iterable[tuple[int, float, int] | None] = repeat(None)
+    if answers.next_ids is not None:
+        told = (answers.next_ids, answers.told, answers.rank)
+        nexts = zip(*(values.tolist() for values in told), strict=True)
+    columns = (values.tolist() for values in (answers.log_sum, answers.ids, answers.values))
     return [
-        Expectation(row, log_sum, best) if math.isfinite(log_sum) else None
-        for row, log_sum, best in zip(logits, found[0].tolist(), found[1], strict=True)
+        None if math.isnan(log_sum) else Expectation(row, log_sum, ids, values, after)
+        for row, log_sum, ids, values, after in zip(rows, *columns, nexts, strict=False)
     ]
 
 
 def divergence(reference: Expectation, other: Expectation) -> float:
     """KL(reference || other) in nats, never below 0."""
     sums = reference.log_sum, other.log_sum
-    fast = native_ops.divergence(reference.logits, other.logits, *sums)
+    fast = native_ops.divergence(reference.row, other.row, *sums)
     if fast is not None and not math.isnan(fast):
         return max(0.0, fast)
     p, q = reference.logprobs(), other.logprobs()
@@ -161,7 +197,7 @@ def candidates(
     expected: Expectation, sampling: Sampling
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """What may be drawn: ids in ascending order and their weights (not normalised)."""
-    logits = expected.logits
+    logits = expected.row
     below = logits.astype(np.float64) - float(logits.max())
     with np.errstate(over="ignore"):  # a tiny temperature makes them -inf, which is meant
         weights = np.exp(below / sampling.temperature)

@@ -226,6 +226,7 @@ class Session:
         first: dict[int, Expectation] = {}  # of lane 0 by position, what KL is taken against
         for row, lane in enumerate(lanes):
             frames += self._absorb(lane, output, row, width, first)
+        self._note(self.recorder.send())
         for lane in lanes:
             self._go_on(lane)
         self._follow()
@@ -266,21 +267,25 @@ class Session:
         """Turn one lane's row of the output into frames, and hand them to the recorder."""
         frames = []
         lane.drawn = None if output.drawn is None else int(output.drawn[row])
-        afters = sampling.expectations(output.logits[row])
+        if output.expected is not None:
+            afters = output.expected[row]
+        else:
+            afters = sampling.expectations(output.logits[row])
+        finite = output.invalid_router is None
         for column in range(width):
             position = lane.fed
-            routed = not bool(np.isnan(output.score_sum[row, column]).any())
+            routed = finite or not bool(np.isnan(output.score_sum[row, column]).any())
             after = afters[column] if routed else None
             if lane.index == 0 and after is not None:
                 first[position] = after
             frame = self._frame(lane, output, (row, column), after, first.get(position))
             frames.append(frame)
-            self._note(self.recorder.frame(frame))
+            self.recorder.frame(frame, output.kept.record(row, column) if output.kept else None)
             if not routed:
                 self._stop_invalid(lane, output.score_sum[row, column])
                 break
         if lane.expected is not None and width > 1:  # the row is a view of the whole chunk
-            lane.expected = replace(lane.expected, logits=lane.expected.logits.copy())
+            lane.expected = replace(lane.expected, logits=lane.expected.row.copy())
         self.newest[lane.index] = frames[-1]
         return frames
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ABI = 2
+ABI = 3
 GATES = 17  # a gate as stored, and rounded to 2 to 16 bits
 DTYPES = ("float32", "bfloat16", "float16")
 INSTRUCTION_SETS = ("avx512-bf16", "avx512", "avx2", "portable")
@@ -40,6 +40,7 @@ KINDS = (
     "down",
     "combine",
     "head",
+    "expect",
 )
 FIRST, WIDE_NORM, WIDE_ROPE, GLU, WEIGHT_FIRST = 1, 2, 2, 4, 8
 
@@ -72,7 +73,29 @@ class Record(ctypes.Structure):
         ("scores", _pointer),
         ("weights", _pointer),
         ("scalars", _pointer),
-        ("logits", _pointer),
+        ("level", _int),
+        ("picks", _int),
+        ("ints", _pointer),
+        ("floats", _pointer),
+    )
+
+
+class Expected(ctypes.Structure):
+    """struct mk_expected: what rows of logits say."""
+
+    _fields_ = (
+        ("count", _int),
+        *((name, _pointer) for name in ("log_sum", "ids", "values", "next", "told", "rank")),
+    )
+
+
+class Logits(ctypes.Structure):
+    """struct mk_logits: rows of logits in memory."""
+
+    _fields_ = (
+        ("from", _pointer),
+        *((name, ctypes.c_int64) for name in ("rows", "n", "stride")),
+        ("dtype", _int),
     )
 
 
@@ -101,14 +124,14 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, then arguments
         *(_pointer, _int, _int, _int, _int),
     ),
     "mk_step_destroy": (None, _pointer),
-    "mk_step_run": (None, _pointer, _int, *(_pointer,) * 5),
+    "mk_step_run": (_int, _pointer, _int, *(_pointer,) * 6),
     "mk_linear": (_int, _pointer, _text, _int, _pointer, _int, _int, _pointer, _int, _pointer),
     "mk_divergence": (
         *(ctypes.c_double, _text, _pointer, _pointer),
         *(ctypes.c_int64, ctypes.c_double, ctypes.c_double),
     ),
     "mk_experts_run": (_int, _pointer, _text, _pointer),
-    "mk_expect": (_int, _text, _pointer, *(ctypes.c_int64,) * 2, _int, *(_pointer,) * 2),
+    "mk_expect": (_int, _pointer, _text, _pointer, _pointer),
     "mk_read": (ctypes.c_uint64, _pointer, _text, _pointer, ctypes.c_int64),
 }
 
@@ -136,8 +159,8 @@ def _checked(found: ctypes.CDLL) -> ctypes.CDLL | None:
     for name, (result, *arguments) in _FUNCTIONS.items():
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments
-    sizes = found.mk_size_of(0), found.mk_size_of(1)
-    if found.mk_abi() != ABI or sizes != (OP.itemsize, ctypes.sizeof(Record)):
+    sizes = [OP.itemsize, *map(ctypes.sizeof, (Record, Expected, Logits))]
+    if found.mk_abi() != ABI or [found.mk_size_of(i) for i in range(len(sizes))] != sizes:
         return None
     return found
 
@@ -223,20 +246,51 @@ def read_bandwidth(data: NDArray[Any], *, threads: int, isa: str = "") -> float:
         return data.nbytes / (time.perf_counter() - start) / 1e9
 
 
+class Answers:
+    """Room for what `count` of the likeliest tokens, and the partition sum, of so many rows say.
+
+    `struct` is what C fills; the arrays keep its memory alive. With `next_ids` [rows] int64, where
+    -1 is none, also the logit and the rank of the id that comes next.
+    """
+
+    def __init__(self, rows: int, count: int, next_ids: NDArray[np.int64] | None = None) -> None:
+        self.log_sum = np.full(rows, np.nan)
+        self.ids = np.full((rows, count), -1, np.int32)
+        self.values = np.full((rows, count), np.nan, np.float32)
+        self.next_ids = next_ids
+        where = [array.ctypes.data for array in (self.log_sum, self.ids, self.values)]
+        if next_ids is not None:
+            assert next_ids.flags.c_contiguous and next_ids.dtype == np.int64
+            self.told = np.full(rows, np.nan, np.float32)
+            self.rank = np.zeros(rows, np.int32)
+            where += [array.ctypes.data for array in (next_ids, self.told, self.rank)]
+        self.struct = Expected(count, *where)
+
+
 def expect(
-    logits: NDArray[np.float32], count: int
-) -> tuple[NDArray[np.float64], NDArray[np.int32]] | None:
-    """Of every row [T, V]: its log partition sum [T], NaN where the row is no distribution, and its
-    `count` largest values' ids [T, count], equal values by id. None without a library."""
+    address: int,
+    rows: int,
+    size: int,
+    count: int,
+    *,
+    dtype: str = "float32",
+    next_ids: NDArray[np.int64] | None = None,
+    threads: int = 1,
+) -> Answers | None:
+    """What contiguous rows of logits [rows, size] at `address` say; None without a library."""
     found = library()
-    if found is None or not logits.flags.c_contiguous:
+    if found is None:
         return None
-    rows, size = logits.shape
-    count = min(count, size)
-    log_sum, ids = np.empty(rows), np.empty((rows, count), np.int32)
-    address, out = logits.ctypes.data, (log_sum.ctypes.data, ids.ctypes.data)
-    failed = found.mk_expect(wanted_isa(), address, rows, size, count, *out)
-    return None if failed else (log_sum, ids)
+    answers = Answers(rows, min(count, size), next_ids)
+    given = Logits(address, rows, size, size, DTYPES.index(dtype))
+    asked = wanted_isa(), ctypes.addressof(given), ctypes.addressof(answers.struct)
+    if threads == 1:
+        failed = found.mk_expect(None, *asked)
+    else:
+        team = pool(threads)
+        with team.lock:
+            failed = found.mk_expect(team.handle, *asked)
+    return None if failed else answers
 
 
 def divergence(

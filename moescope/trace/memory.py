@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,10 @@ class MemoryTrace:
 
     def append(self, frame: Frame) -> None:
         self._frames.append(frame)
+
+    def extend(self, frames: Iterable[tuple[Frame, Any]]) -> None:
+        for frame, _ in frames:
+            self.append(frame)
 
     def event(self, event: TraceEvent) -> None:
         self._events.append((event, len(self._frames)))

@@ -31,23 +31,36 @@ from moescope.trace.frames import Frame, RecordLevel
 
 HEAD = struct.Struct("<ihiiBiffHHHHHHI")  # scalars, flags, L, K, E, alternatives, shadows, strings
 SHADOW_HEAD = struct.Struct("<HH")  # its K, its flags
+Arrays = tuple[bytes, bytes]  # int16, float32
 
 
-def record(frame: Frame, level: RecordLevel = "logits", redact: bool = False) -> bytes:
+def record(
+    frame: Frame,
+    level: RecordLevel = "logits",
+    redact: bool = False,
+    arrays: Arrays | None = None,
+) -> bytes:
     """One frame as bytes, without what `level` leaves out (and without its token, if `redact`).
 
-    Raises ValueError or TypeError where arrays of the frame do not fit each other: our own mistake.
+    `arrays` are those of the frame as they stand in a record, where somebody has them so: `ARRAYS`
+    in their order, all int16 and then all float32. Raises ValueError or TypeError where arrays of
+    the frame do not fit each other: our own mistake.
     """
     above = ABOVE_LEVEL[level]
-    ids = np.asarray(frame.expert_ids)
-    sizes = {"L": ids.shape[0], "K": ids.shape[1], "E": 0}
+    L, K = np.shape(frame.expert_ids)
+    sizes = {"L": L, "K": K, "E": 0}
     if frame.logits is not None and "logits" not in above:
         sizes["E"] = np.shape(frame.logits)[1]
     flags = flags_of(frame, above)
     parts: list[bytes] = []
-    for name, dtype, letters, _ in ARRAYS:
-        if name not in FLAGS or flags & FLAGS[name]:
-            parts.append(_exactly(getattr(frame, name), dtype, [sizes[x] for x in letters], name))
+    if arrays is not None and not any(getattr(frame, name) is not None for name in above):
+        _check_sizes(arrays, flags, **sizes)
+        parts += arrays
+    else:
+        for name, dtype, letters, _ in ARRAYS:
+            if name not in FLAGS or flags & FLAGS[name]:
+                shape = [sizes[x] for x in letters]
+                parts.append(_exactly(getattr(frame, name), dtype, shape, name))
     shadows = {} if frame.shadow is None else frame.shadow
     for name, shadow in shadows.items():
         parts.append(_shadow_bytes(name, shadow, sizes["L"], level))
@@ -71,9 +84,16 @@ def record(frame: Frame, level: RecordLevel = "logits", redact: bool = False) ->
         len(shadows),
         len(strings),
     )
-    ids_bytes = np.array([a[0] for a in alternatives], dtype="<i4").tobytes()
+    ids_bytes = struct.pack(f"<{len(alternatives)}i", *[a[0] for a in alternatives])
     logprob_bytes = np.array([a[1] for a in alternatives], dtype="<f4").tobytes()
     return b"".join((head, strings, ids_bytes, logprob_bytes, *parts))
+
+
+def _check_sizes(arrays: Arrays, flags: int, L: int, K: int, E: int) -> None:
+    picks = bool(flags & FLAGS["weights"]) + bool(flags & FLAGS["scores"])
+    sizes = 2 * L * (K + 1), 4 * L * (4 + picks * K + E)
+    if (len(arrays[0]), len(arrays[1])) != sizes:
+        raise ValueError(f"frame: arrays: expected {sizes} bytes, found {[*map(len, arrays)]}")
 
 
 def _exactly(value: Any, dtype: str, shape: Sequence[int], name: str) -> bytes:

@@ -18,6 +18,7 @@ import threading
 import time
 import zlib
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +31,7 @@ from moescope.trace.chunk import columns_of
 from moescope.trace.columns import checksum, pack
 from moescope.trace.frames import DECODE, Frame, TraceEvent, TraceMeta
 from moescope.trace.metadata import event_to_json, redact_event, router_groups, to_json, trace_error
-from moescope.trace.record import frame_of, record
+from moescope.trace.record import Arrays, frame_of, record
 
 CHUNK_FRAMES = 256
 CHUNK_BYTES = 24 << 20  # a chunk of large frames is cut earlier, so that no column nears its limit
@@ -101,18 +102,28 @@ class TraceWriter:
 
         Raises ValueError for a frame that is not of the routers in the meta: nobody could read it.
         """
+        self.extend([(frame, None)])
+
+    def extend(self, frames: Iterable[tuple[Frame, Arrays | None]]) -> None:
+        """Queue the frames of one step, which are committed together; see `append`, and `record`
+        for what may stand beside a frame."""
+        items = [self._item(frame, arrays) for frame, arrays in frames]
+        for start in range(0, len(items), QUEUE_ITEMS // 2):
+            self._put(items[start : start + QUEUE_ITEMS // 2])
+        self._appended += len(items)
+
+    def _item(self, frame: Frame, arrays: Arrays | None) -> _Item:
         routers = len(frame.expert_ids)
         if self._router_counts and routers not in self._router_counts:
             raise ValueError(f"a frame of {routers} routers, meta has {self._router_counts}")
-        item = _Item(record(frame, self.meta.record, self._redact), frame.phase == DECODE)
-        self._put(item)
-        self._appended += 1
+        blob = record(frame, self.meta.record, self._redact, arrays)
+        return _Item(blob, frame.phase == DECODE)
 
     def event(self, event: TraceEvent) -> None:
         """Queue an event; it keeps its place among the frames. TypeError if it is no JSON."""
         kept = redact_event(event) if self._redact else event
         if kept is not None:
-            self._put(_Item(b"", True, _event_row(kept, self._appended)))
+            self._put([_Item(b"", True, _event_row(kept, self._appended))])
 
     def flush(self) -> None:
         """Wait until everything appended so far is committed."""
@@ -161,15 +172,15 @@ class TraceWriter:
             if error is None:
                 raise
 
-    def _put(self, item: _Item) -> None:
+    def _put(self, items: list[_Item]) -> None:
         with self._changed:
             self._changed.wait_for(self._has_room)
             self._raise_failure()
             if self._closing:
                 raise MoescopeError(f"{self._shown}: the trace is closed", code=ExitCode.OUTPUT)
-            self._queue.append(item)
-            self._queued_bytes += len(item.blob)
-            self._accepted += 1
+            self._queue += items
+            self._queued_bytes += sum(len(item.blob) for item in items)
+            self._accepted += len(items)
             self._changed.notify_all()
 
     def _has_room(self) -> bool:

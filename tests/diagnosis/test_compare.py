@@ -196,7 +196,7 @@ def test_a_recording_that_stopped_is_told() -> None:
     class Full:
         meta, acknowledged, dropped_logits = SimpleNamespace(record="weights"), 7, 0
 
-        def append(self, _: Frame) -> None:
+        def extend(self, _: Any) -> None:
             raise MoescopeError("x.moetrace: disk full", code=ExitCode.OUTPUT)
 
         def event(self, _: Any) -> None: ...

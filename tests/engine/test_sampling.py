@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,10 +18,12 @@ from moescope.engine.sampling import (
     choose,
     divergence,
     expectations,
+    expectations_of,
     largest,
     uniform,
 )
 from moescope.errors import MoescopeError
+from moescope.kernels import native_ops
 
 ROWS = arrays(
     np.float32,
@@ -84,9 +88,39 @@ def test_expectations_without_the_c_library(monkeypatch: pytest.MonkeyPatch) -> 
     fast = expectations(rows)
     monkeypatch.setenv("MOESCOPE_NATIVE", "0")
     for a, b in zip(fast, expectations(rows), strict=True):
-        assert a is not None and b is not None and b.best is None
+        assert a is not None and b is not None and not b.best
         assert a.log_sum == pytest.approx(b.log_sum, abs=1e-5)
         assert [i for i, _ in a.likeliest()] == [i for i, _ in b.likeliest()]
+
+
+@given(st.integers(0, 2**32), st.sampled_from(["float32", "bfloat16", "float16"]))
+def test_rows_of_any_dtype_say_what_they_say_in_float32(seed: int, dtype: str) -> None:
+    """On one thread or two, in the memory of a torch tensor; with what follows each row."""
+    import torch
+
+    random = torch.Generator().manual_seed(seed)
+    T, V = 5, int(torch.randint(1, 400, (), generator=random))
+    rows = torch.randn(T, V, generator=random).mul(3).round().to(getattr(torch, dtype))
+    rows[1, V // 2] = float("nan")
+    after = torch.randint(-1, V, (T,), generator=random).numpy()
+    wide = rows.float().numpy()
+    for threads in (1, 2):
+        answers = native_ops.expect(
+            rows.data_ptr(), T, V, 8, dtype=dtype, next_ids=after, threads=threads
+        )
+        if answers is None:
+            return
+        found = expectations_of(repeat(None, T), answers)
+        for row, token, said in zip(wide, after.tolist(), found, strict=True):
+            wanted = Expectation.of(row)
+            assert (said is None) == (wanted is None)
+            if said is None or wanted is None:
+                continue
+            assert said.log_sum == pytest.approx(wanted.log_sum, abs=1e-5)
+            assert [i for i, _ in said.likeliest(4)] == [i for i, _ in wanted.likeliest(4)]
+            if token >= 0:
+                assert said.rank(token) == wanted.rank(token)
+                assert said.logprob(token) == pytest.approx(wanted.logprob(token), abs=1e-5)
 
 
 @given(ROWS)

@@ -212,6 +212,8 @@ def test_frames_that_do_not_fit_together_are_our_own_mistake(tmp_path: Path) -> 
             writer.append(a_frame(weights=np.zeros((4, 9), np.float32)))
         with pytest.raises(ValueError, match="a frame of 5 routers"):
             writer.append(a_frame(routers=5))
+        with pytest.raises(ValueError, match="arrays: expected"):
+            writer.extend([(a_frame(), (b"\0" * 10, b"\0" * 16))])
         writer.append(a_frame())
 
 

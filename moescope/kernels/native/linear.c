@@ -1,4 +1,5 @@
 /* Phases made of matrix-vector products: segments, each cut into chunks of rows. */
+#include "expect.h"
 #include "step.h"
 
 enum { CHUNK_BYTES = 256 << 10, LEAST_BYTES = 16 << 10 };
@@ -48,10 +49,14 @@ int mk_linear_phase(mk_step *s, const mk_op *op) {
     return mk_segments(s);
 }
 
+/* Chunks of whole blocks, because sums over logits are taken block by block. */
 int mk_head_phase(mk_step *s, const mk_op *op) {
     s->segment_count = 0;
     mk_add_segment(s, whole(s, op, s->logits, (size_t)op->rows));
-    return mk_segments(s);
+    mk_segment *head = s->segments;
+    head->per = (head->per + MK_BLOCK - 1) / MK_BLOCK * MK_BLOCK;
+    head->chunks = (head->rows + head->per - 1) / head->per;
+    return head->chunks;
 }
 
 static const char *row_of(const mk_step *s, const mk_segment *g, int row) {
@@ -82,4 +87,24 @@ void mk_segment_chunk(void *step, int index, int thread) {
         else
             mk_round_row(y, rows, g->round);
     }
+}
+
+void mk_head_chunk(void *step, int index, int thread) {
+    mk_step *s = step;
+    mk_segment_chunk(step, index, thread);
+    int from = index * s->segments->per, rows = s->segments->rows - from;
+    if (rows > s->segments->per) rows = s->segments->per;
+    for (int n = 0; n < s->N; n++) {
+        float *most = s->block_most + (size_t)n * s->block_stride + from / MK_BLOCK;
+        float *sum = s->block_sum + (size_t)n * s->block_stride + from / MK_BLOCK;
+        s->isa->sum_up(s->scratch[thread].y[n], rows, most, sum);
+    }
+}
+
+void mk_expect_chunk(void *step, int n, int thread) {
+    (void)thread;
+    mk_step *s = step;
+    size_t first = (size_t)n * s->block_stride;
+    mk_conclude(s->logits + (size_t)n * (size_t)s->op->rows, s->op->rows, s->block_most + first,
+                s->block_sum + first, s->expected, n);
 }

@@ -3,6 +3,8 @@
  * Each distinct expert's weights are read once for all lanes that chose it, in long runs. Weighted
  * outputs are kept apart and added up afterwards, in ascending order of expert ids.
  */
+#include <math.h>
+
 #include "router.h"
 #include "step.h"
 
@@ -10,12 +12,6 @@ static const double *policy_of(const mk_step *s, const mk_op *op, int n, int pla
     const mk_record *r = s->record;
     size_t row = ((size_t)s->at[n] * (size_t)r->places + (size_t)place) * (size_t)r->routers;
     return r->policies + (row + (size_t)op->router) * MK_POLICY_WIDTH;
-}
-
-static size_t record_of(const mk_step *s, const mk_op *op, int n, int place) {
-    const mk_record *r = s->record;
-    size_t row = ((size_t)n * (size_t)r->places + (size_t)place) * (size_t)r->routers;
-    return row + (size_t)op->router;
 }
 
 static float *logits_of(const mk_step *s, int gate, int n) {
@@ -68,6 +64,28 @@ int mk_route_phase(mk_step *s, const mk_op *op) {
     return s->N * s->record->places;
 }
 
+/* What was decided for a lane, once more as a trace keeps it. */
+static void keep(const mk_step *s, const mk_op *op, int n, const float *logits) {
+    const mk_record *r = s->record;
+    size_t from = mk_routing(r, n, 0, op->router), width = (size_t)r->width;
+    size_t L = (size_t)r->routers, K = (size_t)r->picks, E = (size_t)r->logits_width;
+    size_t l = (size_t)op->router, classes = (size_t)op->classes;
+    int16_t *ints = r->ints + (size_t)n * L * (K + 1);
+    size_t each = 4 + (r->level > 0 ? 2 * K : 0) + (r->level > 1 ? E : 0);
+    float *floats = r->floats + (size_t)n * L * each;
+    for (size_t k = 0; k < K; k++) ints[l * K + k] = (int16_t)r->expert_ids[from * width + k];
+    ints[L * K + l] = (int16_t)r->runner_up[from];
+    for (size_t i = 0; i < MK_SCALARS; i++) floats[i * L + l] = r->scalars[from * MK_SCALARS + i];
+    floats += MK_SCALARS * L;
+    if (r->level < 1) return;
+    memcpy(floats + l * K, r->weights + from * width, K * sizeof *floats);
+    memcpy(floats + (L + l) * K, r->scores + from * width, K * sizeof *floats);
+    if (r->level < 2) return;
+    floats += 2 * L * K + l * E;
+    memcpy(floats, logits, classes * sizeof *floats);
+    for (size_t e = classes; e < E; e++) floats[e] = NAN;
+}
+
 void mk_route_chunk(void *step, int index, int thread) {
     mk_step *s = step;
     const mk_op *op = s->op;
@@ -75,14 +93,11 @@ void mk_route_chunk(void *step, int index, int thread) {
     int n = index / r->places, place = index % r->places;
     const double *policy = policy_of(s, op, n, place);
     const float *logits = logits_of(s, (int)policy[MK_COL_GATE], n);
-    size_t row = record_of(s, op, n, place), picks = row * (size_t)r->width;
+    size_t row = mk_routing(r, n, place, op->router), picks = row * (size_t)r->width;
     mk_route(logits, op->classes, policy, NULL, NULL, NULL, r->width, r->expert_ids + picks,
              r->scores + picks, r->weights + picks, r->scalars + row * MK_SCALARS,
              r->runner_up + row, s->scratch[thread].route);
-    if (place == 0 && r->logits != NULL) {
-        size_t to = ((size_t)n * (size_t)r->routers + (size_t)op->router) * (size_t)r->logits_width;
-        memcpy(r->logits + to, logits, (size_t)op->classes * sizeof(float));
-    }
+    if (place == 0) keep(s, op, n, logits);
 }
 
 /* Sorts the picks in force by expert, then lane; null experts and unused places are left out. */
@@ -92,7 +107,7 @@ static void make_plan(mk_step *s, const mk_op *op) {
     int *place = plan->place;
     memset(place, 0, (size_t)op->experts * sizeof *place);
     for (int n = 0; n < s->N; n++) {
-        const int32_t *ids = r->expert_ids + record_of(s, op, n, 0) * (size_t)r->width;
+        const int32_t *ids = r->expert_ids + mk_routing(r, n, 0, op->router) * (size_t)r->width;
         for (int k = 0; k < r->width; k++)
             if (ids[k] >= 0 && ids[k] < op->experts) place[ids[k]]++;
     }
@@ -107,7 +122,7 @@ static void make_plan(mk_step *s, const mk_op *op) {
     }
     plan->first[plan->experts] = plan->entries;
     for (int n = 0; n < s->N; n++) {
-        size_t picks = record_of(s, op, n, 0) * (size_t)r->width;
+        size_t picks = mk_routing(r, n, 0, op->router) * (size_t)r->width;
         for (int k = 0; k < r->width; k++) {
             int e = r->expert_ids[picks + k];
             if (e < 0 || e >= op->experts) continue;

@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define MK_ABI 2
+#define MK_ABI 3
 #if defined(_WIN32)
 #define MK_EXPORT __declspec(dllexport)
 #else
@@ -35,7 +35,8 @@ typedef enum {
     MK_OP_EXPERTS, /* hidden rows of the chosen experts, of x */
     MK_OP_DOWN,    /* outputs of the chosen experts, each times its weight, and of the shared one */
     MK_OP_COMBINE, /* y = their sum */
-    MK_OP_HEAD,    /* logits of x, into the caller's array */
+    MK_OP_HEAD,    /* logits of x, into the caller's array, and what is found of their blocks */
+    MK_OP_EXPECT,  /* what those logits say of the next token, into the caller's arrays */
 } mk_kind;
 
 enum {
@@ -66,7 +67,10 @@ typedef struct {
     const void *cos, *sin;   /* [capacity, head_dim]; NULL: no rope */
 } mk_op;
 
-/* Where routing is written: [lanes of the call, places, routers, ...], float32 or int32. */
+/* Where routing is written: [lanes of the call, places, routers, ...], float32 or int32. What place
+ * 0 decided is written once more as a trace keeps it, K = `picks`, E = `logits_width`: `ints` is
+ * [N, L K + L], expert ids and runners-up; `floats` [N, 4 L + 2 L K + L E], score sum, mass, entropy
+ * and margin, then weights and scores from `level` 1 on, then logits at `level` 2. */
 typedef struct {
     const double *policies;  /* [opened lanes, places, routers, MK_POLICY_WIDTH] */
     int32_t places, routers;
@@ -76,8 +80,30 @@ typedef struct {
     int32_t *runner_up;      /* [N, P, L] */
     float *scores, *weights; /* [N, P, L, width] */
     float *scalars;          /* [N, P, L, 4]: score sum, mass, entropy, margin */
-    float *logits;           /* [N, L, logits_width], or NULL */
+    int32_t level, picks;
+    int16_t *ints;
+    float *floats;
 } mk_record;
+
+/* What rows of logits say: log partition sums, NaN where a row is no distribution (NaN or +inf in
+ * it, or nothing finite; the rest is then untouched), and their largest values, equal ones by id. Of
+ * the id that comes next, where `next` names one (not -1), its logit and its rank. */
+typedef struct {
+    int32_t count;        /* at most the vocabulary */
+    double *log_sum;      /* [rows] */
+    int32_t *ids;         /* [rows, count] */
+    float *values;        /* [rows, count] */
+    const int64_t *next;  /* [rows] or NULL, and where it is told: */
+    float *told;          /* [rows] */
+    int32_t *rank;        /* [rows]; 1: the most likely, equal logits by id */
+} mk_expected;
+
+/* Rows of logits in any of the dtypes; `stride` in elements. */
+typedef struct {
+    const void *from;
+    int64_t rows, n, stride;
+    int32_t dtype;
+} mk_logits;
 
 /* The experts of many rows in bfloat16 (uint16). */
 typedef struct {
@@ -95,7 +121,7 @@ typedef struct mk_pool mk_pool;
 typedef struct mk_step mk_step;
 
 MK_EXPORT int32_t mk_abi(void);
-MK_EXPORT int64_t mk_size_of(int32_t which); /* 0: mk_op, 1: mk_record */
+MK_EXPORT int64_t mk_size_of(int32_t which); /* mk_op, mk_record, mk_expected, mk_logits */
 
 /* The instruction set in use; `wanted` names another ("": the best). NULL: this CPU lacks it. */
 MK_EXPORT const char *mk_isa_name(const char *wanted);
@@ -111,10 +137,11 @@ MK_EXPORT mk_step *mk_step_create(mk_pool *pool, const char *isa, int32_t dtype,
                                   int32_t lanes, int32_t capacity, int32_t width);
 MK_EXPORT void mk_step_destroy(mk_step *step);
 
-/* One token for each of `count` lanes. logits [count, vocabulary] float32. */
-MK_EXPORT void mk_step_run(mk_step *step, int32_t count, const int32_t *lanes,
-                           const int32_t *starts, const int64_t *token_ids,
-                           const mk_record *record, float *logits);
+/* One token for each of `count` lanes. logits [count, vocabulary] float32. Returns the first router
+ * that met logits which are not finite, -1 where none did. */
+MK_EXPORT int32_t mk_step_run(mk_step *step, int32_t count, const int32_t *lanes,
+                              const int32_t *starts, const int64_t *token_ids,
+                              const mk_record *record, float *logits, const mk_expected *expected);
 
 /* 0: done; -1: not with this instruction set or these sizes, or no memory. */
 MK_EXPORT int32_t mk_experts_run(mk_pool *pool, const char *isa, const mk_experts *given);
@@ -125,11 +152,10 @@ MK_EXPORT int32_t mk_linear(mk_pool *pool, const char *isa, int32_t dtype, const
                             int32_t rows, int32_t cols, const float *x, int32_t count, float *y);
 MK_EXPORT uint64_t mk_read(mk_pool *pool, const char *isa, const void *from, int64_t bytes);
 
-/* logits [rows, n] -> log_sum [rows] (NaN where a row is no distribution: NaN or +inf in it, or
- * nothing finite) and ids [rows, count] of the largest values, equal ones by id (untouched there);
- * count <= n. 0: done, -1: the instruction set is not there. */
-MK_EXPORT int32_t mk_expect(const char *isa, const float *logits, int64_t rows, int64_t n,
-                            int32_t count, double *log_sum, int32_t *ids);
+/* `pool` NULL: by this thread alone. 0: done; -1: the instruction set is not there, too many rows, or
+ * no memory. */
+MK_EXPORT int32_t mk_expect(mk_pool *pool, const char *isa, const mk_logits *logits,
+                            const mk_expected *expected);
 
 /* sum of P (log P - log Q) over two rows of logits with their log partition sums; infinite where
  * only Q gives nothing. NaN: the instruction set is not there. */

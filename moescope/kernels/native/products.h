@@ -10,7 +10,7 @@
 
 #include "moescope_kernels.h"
 
-enum { MK_PAD = 64, MK_TILE = 4 };
+enum { MK_PAD = 64, MK_TILE = 4, MK_BLOCK = 64 };
 
 /* y[n][r] = sum over c of weight[r * stride + c] * x[n][c], for 1 or more vectors x[n]. Each row is
  * read once from memory. `stride` in elements; sums in float32; a vector's sums do not depend on
@@ -31,6 +31,11 @@ typedef struct {
     void (*silu_times)(float *gate, const float *up, int n, int dtype);
     /* x[i] = exp(x[i] - most); returns the sum */
     float (*exp_sum)(float *x, int n, float most);
+    /* of every MK_BLOCK logits: the largest, NaN where one is NaN, and the sum of exp(x - it) */
+    void (*sum_up)(const float *x, int64_t n, float *most, float *sum);
+    /* sum of P (log P - log Q) over n pairs of logits, P = exp(p - log_sum_p); `apart` is
+     * log_sum_q - log_sum_p */
+    double (*diverge)(const float *p, const float *q, int64_t n, float log_sum_p, float apart);
     /* touches every line and does nothing with it */
     uint64_t (*read)(const void *from, size_t bytes);
 } mk_isa;

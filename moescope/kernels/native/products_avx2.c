@@ -2,6 +2,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <math.h>
+
 #include "numbers.h"
 #include "products.h"
 
@@ -81,6 +83,8 @@ const mk_isa mk_avx2 = {
     {f32_mix, bf16_mix, f16_mix},
     plain_silu_times,
     plain_exp_sum,
+    plain_sum_up,
+    plain_diverge,
     plain_read,
 };
 #endif

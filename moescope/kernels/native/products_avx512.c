@@ -2,6 +2,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <math.h>
+
 #include "numbers.h"
 #include "products.h"
 
@@ -92,6 +94,8 @@ const mk_isa mk_avx512 = {
     {f32_mix, bf16_mix, f16_mix},
     plain_silu_times,
     plain_exp_sum,
+    plain_sum_up,
+    plain_diverge,
     plain_read,
 };
 
@@ -102,6 +106,8 @@ const mk_isa mk_avx512_bf16 = {
     {f32_mix, pairs_mix, f16_mix},
     plain_silu_times,
     plain_exp_sum,
+    plain_sum_up,
+    plain_diverge,
     plain_read,
 };
 #endif

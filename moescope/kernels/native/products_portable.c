@@ -1,4 +1,5 @@
 /* Any CPU: vectors of four floats, which compilers make of what there is (SSE2, NEON). */
+#include <math.h>
 #include <string.h>
 
 #include "numbers.h"
@@ -93,5 +94,7 @@ const mk_isa mk_portable = {
     {f32_mix, bf16_mix, f16_mix},
     plain_silu_times,
     plain_exp_sum,
+    plain_sum_up,
+    plain_diverge,
     plain_read,
 };

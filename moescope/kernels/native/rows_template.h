@@ -35,6 +35,58 @@ static TARGET float NAME(exp_sum)(float *x, int n, float most) {
     return sum;
 }
 
+static TARGET void NAME(sum_up)(const float *x, int64_t n, float *most, float *sum) {
+    for (; n > 0; x += MK_BLOCK, n -= MK_BLOCK, most++, sum++) {
+        float held[MK_BLOCK], top[16], sums[16] = {0};
+        int32_t odd[16] = {0};
+        for (int i = 0; i < MK_BLOCK && n < MK_BLOCK; i++) held[i] = -INFINITY;
+        memcpy(held, x, (size_t)(n < MK_BLOCK ? n : MK_BLOCK) * sizeof *held);
+        for (int j = 0; j < 16; j++) top[j] = -INFINITY;
+        for (int i = 0; i < MK_BLOCK; i += 16)
+#pragma GCC unroll 1 /* or it is taken apart before it is vectorised */
+            for (int j = 0; j < 16; j++) {
+                top[j] = held[i + j] > top[j] ? held[i + j] : top[j];
+                odd[j] |= held[i + j] != held[i + j];
+            }
+#pragma GCC unroll 4
+        for (int half = 8; half > 0; half /= 2)
+            for (int j = 0; j < half; j++) {
+                top[j] = top[j + half] > top[j] ? top[j + half] : top[j];
+                odd[j] |= odd[j + half];
+            }
+        *most = odd[0] ? NAN : top[0];
+        *sum = 0.0f;
+        if (!(top[0] > -INFINITY)) continue;
+        for (int i = 0; i < MK_BLOCK; i += 16)
+            for (int j = 0; j < 16; j++) sums[j] += mk_exp(held[i + j] - top[0]);
+#pragma GCC unroll 4
+        for (int half = 8; half > 0; half /= 2)
+            for (int j = 0; j < half; j++) sums[j] += sums[j + half];
+        *sum = sums[0];
+    }
+}
+
+static TARGET double NAME(diverge)(const float *p, const float *q, int64_t n, float log_sum_p,
+                                   float apart) {
+    double sum = 0.0;
+    for (int64_t begin = 0; begin < n; begin += 1024) {
+        int64_t end = begin + 1024 < n ? begin + 1024 : n, i = begin;
+        float sums[16] = {0};
+        for (; i + 16 <= end; i += 16)
+            for (int j = 0; j < 16; j++) {
+                float share = mk_exp(p[i + j] - log_sum_p);
+                float term = share * (p[i + j] - q[i + j] + apart);
+                sums[j] += share > 0.0f ? term : 0.0f;
+            }
+        for (; i < end; i++) {
+            float share = mk_exp(p[i] - log_sum_p);
+            if (share > 0.0f) sums[0] += share * (p[i] - q[i] + apart);
+        }
+        for (int j = 0; j < 16; j++) sum += sums[j];
+    }
+    return sum;
+}
+
 static TARGET uint64_t NAME(read)(const void *from, size_t bytes) {
     const uint64_t *p = from;
     uint64_t sums[32] = {0};

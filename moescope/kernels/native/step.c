@@ -8,7 +8,9 @@
 MK_EXPORT int32_t mk_abi(void) { return MK_ABI; }
 
 MK_EXPORT int64_t mk_size_of(int32_t which) {
-    return which == 0 ? (int64_t)sizeof(mk_op) : (int64_t)sizeof(mk_record);
+    static const int64_t sizes[] = {
+        sizeof(mk_op), sizeof(mk_record), sizeof(mk_expected), sizeof(mk_logits)};
+    return which >= 0 && which < 4 ? sizes[which] : -1;
 }
 
 MK_EXPORT const char *mk_isa_name(const char *wanted) {
@@ -31,7 +33,8 @@ static int next_phase(void *job, mk_chunk *chunk) {
         case MK_OP_MERGE: mk_merge(s, op); break;
         case MK_OP_ADD: mk_add(s, op); break;
         case MK_OP_LINEAR: chunks = mk_linear_phase(s, op), *chunk = mk_segment_chunk; break;
-        case MK_OP_HEAD: chunks = mk_head_phase(s, op), *chunk = mk_segment_chunk; break;
+        case MK_OP_HEAD: chunks = mk_head_phase(s, op), *chunk = mk_head_chunk; break;
+        case MK_OP_EXPECT: chunks = s->N, *chunk = mk_expect_chunk; break;
         case MK_OP_ATTEND: chunks = mk_attend_phase(s, op), *chunk = mk_attend_chunk; break;
         case MK_OP_GATE: chunks = mk_gate_phase(s, op), *chunk = mk_segment_chunk; break;
         case MK_OP_ROUTE: chunks = mk_route_phase(s, op), *chunk = mk_route_chunk; break;
@@ -44,16 +47,28 @@ static int next_phase(void *job, mk_chunk *chunk) {
     return 0;
 }
 
-MK_EXPORT void mk_step_run(mk_step *s, int32_t count, const int32_t *lanes, const int32_t *starts,
-                           const int64_t *token_ids, const mk_record *record, float *logits) {
+static int32_t invalid_router(const mk_step *s, const mk_record *record) {
+    for (int32_t router = 0; record != NULL && router < record->routers; router++)
+        for (int n = 0; n < s->N; n++)
+            if (record->expert_ids[mk_routing(record, n, 0, router) * (size_t)record->width] < 0)
+                return router;
+    return -1;
+}
+
+MK_EXPORT int32_t mk_step_run(mk_step *s, int32_t count, const int32_t *lanes,
+                              const int32_t *starts, const int64_t *token_ids,
+                              const mk_record *record, float *logits,
+                              const mk_expected *expected) {
     s->N = count;
     s->at = lanes;
     s->starts = starts;
     s->token_ids = token_ids;
     s->record = record;
     s->logits = logits;
+    s->expected = expected;
     s->place = 0;
     mk_pool_run(s->pool, next_phase, s);
+    return invalid_router(s, record);
 }
 
 /* --- memory --- */
@@ -71,13 +86,13 @@ static void *take(arena *a, size_t items, size_t size) {
 }
 
 typedef struct {
-    size_t widest, heads, head_dim, inner, outer, classes, shared;
+    size_t widest, heads, head_dim, inner, outer, classes, shared, vocabulary;
 } sizes;
 
 static size_t larger(size_t a, int b) { return b > 0 && (size_t)b > a ? (size_t)b : a; }
 
 static sizes sizes_of(const mk_op *ops, int count, const int32_t *widths, int buffers) {
-    sizes z = {1, 1, 1, 1, 1, 1, 1};
+    sizes z = {1, 1, 1, 1, 1, 1, 1, 1};
     for (int i = 0; i < buffers; i++) z.widest = larger(z.widest, widths[i]);
     for (int i = 0; i < count; i++) {
         const mk_op *op = &ops[i];
@@ -88,6 +103,7 @@ static sizes sizes_of(const mk_op *ops, int count, const int32_t *widths, int bu
         z.shared = larger(z.shared, op->shared_width);
         if (op->kind == MK_OP_EXPERTS) z.inner = larger(z.inner, op->rows);
         if (op->kind == MK_OP_DOWN) z.outer = larger(z.outer, op->rows);
+        if (op->kind == MK_OP_HEAD) z.vocabulary = larger(z.vocabulary, op->rows);
     }
     z.widest = larger(larger(z.widest, (int)z.inner), (int)z.shared);
     return z;
@@ -156,6 +172,9 @@ static void lay_out(mk_step *s, arena *a, const sizes *z, const int32_t *widths,
     s->queries = take(a, lanes * z->heads, s->query_stride);
     s->partial = take(a, lanes * z->heads * (size_t)s->blocks * s->partial_stride, sizeof(float));
     s->rotation = take(a, 2 * z->head_dim, sizeof(float));
+    s->block_stride = mk_padded(z->vocabulary) / MK_BLOCK;
+    s->block_most = take(a, lanes * s->block_stride, sizeof(float));
+    s->block_sum = take(a, lanes * s->block_stride, sizeof(float));
     s->scratch = take(a, (size_t)s->threads, sizeof(mk_scratch));
     for (int t = 0; t < s->threads; t++)
         lay_out_scratch(a->base != NULL ? &s->scratch[t] : NULL, a, lanes, z);
@@ -205,7 +224,7 @@ MK_EXPORT int32_t mk_linear(mk_pool *pool, const char *isa, int32_t dtype, const
     if (s == NULL) return -1;
     for (int n = 0; n < count; n++)
         memcpy(mk_row(s, 0, n), x + (size_t)n * (size_t)cols, (size_t)cols * sizeof *x);
-    mk_step_run(s, count, NULL, NULL, NULL, NULL, y);
+    mk_step_run(s, count, NULL, NULL, NULL, NULL, y, NULL);
     mk_step_destroy(s);
     return 0;
 }

@@ -67,6 +67,7 @@ struct mk_step {
     const int64_t *token_ids;
     const mk_record *record;
     float *logits;
+    const mk_expected *expected;
 
     /* the present phase */
     const mk_op *op;
@@ -96,6 +97,8 @@ struct mk_step {
     float *partial;               /* [lanes, heads, blocks, partial_stride]: most, sum, and the mix */
     size_t partial_stride;
     float *rotation;              /* [2, head_dim] */
+    float *block_most, *block_sum; /* [lanes, block_stride], of the logits */
+    size_t block_stride;
     mk_scratch *scratch;          /* [threads] */
     void *memory;                 /* holds all of it */
 };
@@ -103,6 +106,11 @@ struct mk_step {
 MK_INLINE size_t mk_padded(size_t elements) { return (elements + MK_PAD - 1) / MK_PAD * MK_PAD; }
 MK_INLINE float *mk_row(const mk_step *s, int buffer, int n) {
     return s->buffers[buffer] + (size_t)n * s->strides[buffer];
+}
+
+/* Where the routing of a lane, place and router stands among all of them. */
+MK_INLINE size_t mk_routing(const mk_record *r, int n, int place, int router) {
+    return ((size_t)n * (size_t)r->places + (size_t)place) * (size_t)r->routers + (size_t)router;
 }
 
 /* rows.c: work on single rows, and packing. */
@@ -123,6 +131,8 @@ int mk_linear_phase(mk_step *s, const mk_op *op);
 int mk_head_phase(mk_step *s, const mk_op *op);
 int mk_segments(mk_step *s);
 void mk_segment_chunk(void *step, int index, int thread);
+void mk_head_chunk(void *step, int index, int thread);
+void mk_expect_chunk(void *step, int n, int thread);
 
 /* attention.c */
 void mk_place(mk_step *s, const mk_op *op);
