@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.families import INIT, OLDER, TINY
+from tests.families import CLASSES, INIT, OLDER, SAME, TINY
 
 # those with fused steps of their own; `tests.families` knows them all
 FAMILIES = ("olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "mixtral")
@@ -44,7 +44,7 @@ _ROUTERS = (
     ".wg.weight",
 )
 # buffers that checkpoints hold
-_LEARNED_BUFFERS = ("correction_bias", "expert_bias", "balancing_biases")
+_LEARNED_BUFFERS = ("correction_bias", "expert_bias", "balancing_biases", "layer_scalar")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|user|>' if m['role'] != 'assistant' else '<|assistant|>' }}"
     "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -61,18 +61,23 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     """A transformers config; `overrides` are its fields."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(family, **{**_COMMON, **TINY[family], **overrides})
+    fields = {**_COMMON, **TINY[family], **overrides}
+    return AutoConfig.for_model(SAME.get(family, family), **fields)
 
 
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     """A float32 transformers model in eval mode; `overrides` are config fields."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     config = tiny_config(family, **overrides)
-    model = AutoModelForCausalLM.from_config(
+    if family in CLASSES:
+        build = getattr(transformers, CLASSES[family])._from_config
+    else:
+        build = transformers.AutoModelForCausalLM.from_config
+    model = build(
         config,
         dtype=torch.float32,
         attn_implementation="eager",
@@ -145,8 +150,10 @@ def save_checkpoint(
     layout: str = "hub",
     dialect: str = "v5",
     max_shard_size: str | None = None,
+    model_type: str = "",
 ) -> Path:
-    """Write `model` with a tokenizer into `folder`; the model itself is left as it is."""
+    """Write `model` with a tokenizer into `folder`; the model itself is left as it is. The config
+    says `model_type`, if that is given."""
     import copy
 
     import torch
@@ -171,6 +178,9 @@ def save_checkpoint(
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if dialect == "hub":
         _older_names(folder / "config.json")
+    if model_type:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": model_type}))
     write_tokenizer(folder)
     return folder
 

@@ -66,7 +66,9 @@ FLIPS: dict[str, dict[str, Turn]] = {
     "RopeScaling.low_freq_factor": {"usual": _to(1.0)},
     "RopeScaling.high_freq_factor": {"usual": _to(4.0)},
     "RopeScaling.kind": {
-        "another": _other(linear="alpha", yarn="linear", llama3="linear", alpha="linear")
+        "another": _other(
+            linear="alpha", yarn="linear", llama3="linear", alpha="linear", proportional="linear"
+        )
     },
     "RopeScaling.short_factor": {"ones": lambda factors: (1.0,) * len(factors)},
     "RopeScaling.long_factor": {"ones": lambda factors: (1.0,) * len(factors)},

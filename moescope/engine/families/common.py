@@ -13,6 +13,7 @@ from typing import Literal
 from moescope.engine.config import Fields
 from moescope.engine.decoder import (
     MLP,
+    Activation,
     Attention,
     Branch,
     DecoderSpec,
@@ -29,7 +30,14 @@ from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 SIZE, COUNT = 1 << 20, 4096
 FULL, SLIDING = "full_attention", "sliding_attention"
-ACTIVATIONS: dict[str, Literal["silu"]] = {"silu": "silu", "swish": "silu"}
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +114,7 @@ def read_rope(
 
 def attention(
     sizes: Sizes,
-    rope: Rope,
+    rope: Rope | None,
     *,
     window: int = 0,
     qkv_bias: bool = False,
@@ -145,6 +153,7 @@ def softmax_router(
     usual_norm: bool = False,
     combine: Applies = "model",
     shared: int = 0,
+    chosen_key: str = "num_experts_per_tok",
 ) -> RouterSpec:
     """Softmax over all experts, then top-k. `renormalises` None: by `norm_topk_prob`, `usual_norm`
     where the config is silent.
@@ -152,10 +161,7 @@ def softmax_router(
     The gate's product, so its logits too, are in the model's dtype, the softmax in float32
     (transformers: OlmoeTopKRouter and its copies; MixtralTopKRouter leaves the weights float32).
     """
-    experts = config.int(("num_experts", "num_local_experts"), 1, COUNT)
-    chosen = config.int("num_experts_per_tok", 1, 64)
-    if chosen > experts:
-        raise config.error("num_experts_per_tok", f"at most num_experts {experts}")
+    experts, chosen = read_counts(config, chosen_key)
     if renormalises is None:
         renormalises = config.bool("norm_topk_prob", usual_norm)
     return RouterSpec(
@@ -167,6 +173,15 @@ def softmax_router(
             shared_expert_gate="sigmoid" if shared else "none",
         ),
     )
+
+
+def read_counts(config: Fields, chosen_key: str = "num_experts_per_tok") -> tuple[int, int]:
+    """Experts, and how many of them a token takes."""
+    experts = config.int(("num_experts", "num_local_experts"), 1, COUNT)
+    chosen = config.int(chosen_key, 1, 64)
+    if chosen > experts:
+        raise config.error(chosen_key, f"at most num_experts {experts}")
+    return experts, chosen
 
 
 def read_layer_types(
@@ -185,8 +200,8 @@ def read_layer_types(
     return list(types)
 
 
-def read_activation(config: Fields) -> Literal["silu"]:
-    return ACTIVATIONS[config.str("hidden_act", tuple(ACTIVATIONS), default="silu")]
+def read_activation(config: Fields, key: str = "hidden_act", usual: str = "silu") -> Activation:
+    return ACTIVATIONS[config.str(key, tuple(ACTIVATIONS), default=usual)]
 
 
 def pre_norm_layer(
