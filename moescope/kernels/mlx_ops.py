@@ -172,11 +172,14 @@ def _in_operators(
     fields: frozenset[str],
 ) -> Routing:
     def spread(x: mx.array | None) -> mx.array | None:
-        """What a token has, repeated for each of its P policies."""
+        """What each token has, repeated for each of its P policies."""
         return x if x is None or P == 1 else mx.repeat(x, P, axis=0)
 
+    def vectors(x: mx.array | None) -> mx.array | None:
+        return x if x is None or len(x) == 1 else spread(x)
+
     rows = mx.broadcast_to(rows, (T * P, WIDTH))
-    inputs = (spread(logits), rows, K_max, spread(bias), spread(scale), spread(hash_ids))
+    inputs = (spread(logits), rows, K_max, vectors(bias), vectors(scale), spread(hash_ids))
     return route_plain(*inputs, fields)
 
 
