@@ -6,6 +6,8 @@ A module may hold:
     CASES      at least two for each family; the first is what a normal run of the tests compares
     MUTANTS    wrong specs beyond the generic ones of `tests.oracle.mutants`
     EXEMPT     (model type or case id, `Class.field` or mutant's name) -> why no comparison sees it
+    CLASSES    model type -> its class in transformers, where the automatic one does not know it
+    SAME       model type -> the one that transformers reads it as
     READ       model type -> how its routers are listened to (`kit.TOP_K` where it is not there)
     INIT       model type -> how some of its tensors are filled
     OLDER      model type -> what makes the published dialect of a config that transformers saved
@@ -36,6 +38,8 @@ TINY: dict[str, dict[str, Any]] = {}
 CASES: tuple[Case, ...] = ()
 MUTANTS: tuple[Mutant, ...] = ()
 EXEMPT: dict[tuple[str, str], str] = {}
+CLASSES: dict[str, str] = {}
+SAME: dict[str, str] = {}
 READ: dict[str, Read] = {}
 INIT: dict[str, Init] = {}
 OLDER: dict[str, Callable[[dict[str, Any]], None]] = {}
@@ -45,7 +49,18 @@ COUNTS: dict[str, tuple[float, float]] = {}
 REFUSED_EDITS: tuple[tuple[str, str, Any, str], ...] = ()
 
 _LISTS = ("CASES", "MUTANTS", "REFUSED_EDITS")
-_TABLES = ("TINY", "EXEMPT", "READ", "INIT", "OLDER", "LAYOUTS", "PUBLISHED", "COUNTS")
+_TABLES = (
+    "TINY",
+    "EXEMPT",
+    "CLASSES",
+    "SAME",
+    "READ",
+    "INIT",
+    "OLDER",
+    "LAYOUTS",
+    "PUBLISHED",
+    "COUNTS",
+)
 for _name in _FOUND:
     _held = vars(import_module(f"{__name__}.{_name}"))
     for _list in _LISTS:

@@ -33,6 +33,7 @@ TINY: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
     "deepseek_v3": _V3,
+    "kimi_k2": {**_V3, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
     "deepseek_v32": {**_V3, "index_n_heads": 16, "index_head_dim": 12, "index_topk": 64},
 }
 # Each of these numbers moves a frequency of eight dims.
@@ -46,6 +47,7 @@ YARN: dict[str, Any] = {
     "mscale": 0.7,
     "mscale_all_dim": 1.1,
 }
+SAME = {"kimi_k2": "deepseek_v3"}
 CASES = (
     Case("deepseek_v2", "greedy", 0, {"q_lora_rank": None, "routed_scaling_factor": 1.0}),
     Case(
@@ -66,14 +68,12 @@ CASES = (
     Case("deepseek_v3", "groups", 0),
     Case(
         "deepseek_v3",
-        "kimi",
+        "yarn",
         0,
         {
             "n_group": 1,
             "topk_group": 1,
-            "n_shared_experts": 1,
             "first_k_dense_replace": 2,
-            "routed_scaling_factor": 2.827,
             "rope_parameters": YARN,
             "attention_bias": True,
             "rope_interleave": False,
@@ -85,6 +85,8 @@ CASES = (
         0,
         {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "norm_topk_prob": False},
     ),
+    Case("kimi_k2", "instruct", 0, {"routed_scaling_factor": 2.827, "rope_parameters": YARN}),
+    Case("kimi_k2", "moonlight", 0, {"q_lora_rank": None}),
     Case("deepseek_v32", "dense", 0),
     Case(
         "deepseek_v32",

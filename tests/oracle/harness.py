@@ -24,7 +24,7 @@ from moescope.engine.protocol import LoadRequest
 from moescope.engine.torch_decoder import TorchDecoder
 from moescope.kernels.reference import select
 from moescope.kernels.spec import RouterSpec
-from tests.families import READ
+from tests.families import READ, SAME
 from tests.families.kit import TOP_K, Case, Mutant
 from tests.oracle.matrix import BY_FAMILY, PROMPTS, STEPS
 from tests.tiny import save_checkpoint, tiny_model
@@ -245,7 +245,8 @@ def rebuilt(spec: DecoderSpec, weights: dict[str, torch.Tensor]) -> TorchDecoder
 
 
 def write(case: Case, folder: Path, **options: Any) -> Path:
-    return save_checkpoint(model_of(case), folder / f"{case.id}-{len(options)}", **options)
+    named = {"model_type": case.family} if case.family in SAME else {}
+    return save_checkpoint(model_of(case), folder / f"{case.id}-{len(options)}", **named, **options)
 
 
 def loaded(case: Case, folder: Path) -> tuple[TorchDecoder, dict[str, torch.Tensor]]:

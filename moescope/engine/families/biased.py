@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, DecoderSpec, MoE, Norm, Operator
+from moescope.engine.decoder import MLP, DecoderSpec, MoE, Operator
 from moescope.engine.families import common
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
@@ -58,8 +58,10 @@ def read_router(config: Fields, usual: Usual) -> RouterSpec:
 def read_counts(config: Fields, chosen: int | None = None) -> tuple[int, int]:
     """Experts, and how many of them a token takes."""
     experts = config.int(EXPERTS, 1, common.COUNT)
-    usual = config.int("num_experts_per_tok", 1, 64) if chosen is None else chosen
-    count = config.int("num_experts_per_tok", 1, 64, usual)
+    if chosen is None:
+        count = config.int("num_experts_per_tok", 1, 64)
+    else:
+        count = config.int("num_experts_per_tok", 1, 64, chosen)
     if count > experts:
         raise config.error("num_experts_per_tok", f"at most {experts} experts")
     return experts, count
@@ -111,11 +113,9 @@ def first_dense(config: Fields, layers: int, usual: int) -> list[bool]:
 def typed_layers(config: Fields, layers: int, usual: Sequence[bool] | int) -> list[bool]:
     """Which layers are sparse: by `mlp_layer_types`, else as `usual`, or by
     `first_k_dense_replace` where that is a number."""
-    types = config.list("mlp_layer_types", str, layers, default=None)
-    if types is None:
+    if not config.has("mlp_layer_types"):
         return first_dense(config, layers, usual) if isinstance(usual, int) else list(usual)
-    if unknown := set(types) - {DENSE, SPARSE}:
-        raise config.error("mlp_layer_types", f"{DENSE} or {SPARSE}, not {sorted(unknown)[0]}")
+    types = common.read_layer_types(config, layers, (DENSE, SPARSE), (), "mlp_layer_types")
     return [kind == SPARSE for kind in types]
 
 
@@ -129,7 +129,3 @@ def decoder(
 
 def blocks(sparse: Sequence[bool], moe: MoE, dense: MLP) -> list[MoE | MLP]:
     return [moe if wanted else dense for wanted in sparse]
-
-
-def norm(sizes: common.Sizes) -> Norm:
-    return Norm(sizes.hidden, sizes.eps)

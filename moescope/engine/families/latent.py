@@ -27,6 +27,11 @@ class Ranks:
     rope: int = 64
     v: int = 128
 
+    @property
+    def width(self) -> int:
+        """Of a query or key of one head."""
+        return self.nope + self.rope
+
 
 def read_ranks(config: Fields, usual: Ranks) -> Ranks:
     """A `q_lora_rank` of null is none; one that is absent is the usual."""
@@ -44,10 +49,12 @@ def read_ranks(config: Fields, usual: Ranks) -> Ranks:
 
 
 def read_sizes(
-    config: Fields, ranks: Ranks, *, eps: float, context: int, width: int | None = None
+    config: Fields, ranks: Ranks, *, eps: float, context: int, head_dim: int = 0
 ) -> common.Sizes:
-    """As `common.read_sizes`; heads have the width of the rope part, and share no keys."""
-    sizes = common.read_sizes(config, eps=eps, context=context, head_dim=ranks.rope, width=width)
+    """As `common.read_sizes`; `head_dim` (usually that of the rope part) is what the family's code
+    calls so. Heads share no keys."""
+    head_dim = head_dim or ranks.rope
+    sizes = common.read_sizes(config, eps=eps, context=context, head_dim=head_dim)
     if sizes.kv_heads != sizes.heads:
         raise config.error("num_key_value_heads", f"num_attention_heads, {sizes.heads}")
     return sizes
@@ -98,7 +105,7 @@ def attention(
     *,
     indexer: Indexer | None = None,
     shares_choice: bool = False,
-    gate: Literal["none", "in_q_proj"] = "none",
+    gate: Literal["none", "in_q_proj", "sigmoid_per_head"] = "none",
 ) -> MLA:
     return MLA(
         sizes.hidden,
@@ -107,7 +114,7 @@ def attention(
         ranks.nope,
         ranks.rope,
         ranks.v,
-        softmax_scale(config, rope, ranks.nope + ranks.rope),
+        softmax_scale(config, rope, ranks.width),
         rope,
         ranks.q,
         Norm(ranks.kv, LATENT_EPS),
@@ -116,7 +123,7 @@ def attention(
         indexer=indexer,
         shares_choice=shares_choice,
         gate=gate,
-        q_reads_raw=gate != "none",
+        q_reads_raw=gate == "in_q_proj",
     )
 
 
