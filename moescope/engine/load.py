@@ -109,7 +109,8 @@ def inspect(request: LoadRequest) -> Inspected:
         plan = families.plan(checkpoint.config, spec, checkpoint.tensors)
         dtype = choose_dtype(request.dtype, device, checkpoint, plan)
         spec = families.resolved(spec, dtype)
-        memory = memory_needed(spec, dtype, device, request.max_context)
+        held = weights_bytes(spec, plan, checkpoint, dtype, device)
+        memory = memory_needed(spec, dtype, device, request.max_context, held)
         split = _split(named, spec, dtype, device, memory)
         if split is not None:
             device = split.devices[0]
@@ -159,9 +160,22 @@ def _not_a_float(info: TensorInfo) -> MoescopeError:
     )
 
 
-def memory_needed(spec: DecoderSpec, dtype: str, device: str, max_context: int) -> dict[str, int]:
-    """Bytes for one lane of `max_context` tokens (at most the model's own context)."""
-    weights = parameters.count(spec) * ITEM_BYTES[dtype]
+def weights_bytes(
+    spec: DecoderSpec, plan: Plan, checkpoint: Checkpoint, dtype: str, device: str
+) -> int:
+    """What the weights take on a device: MLX keeps some of them packed."""
+    if device != "mlx":
+        return parameters.count(spec) * ITEM_BYTES[dtype]
+    from moescope.engine import mlx_weights
+
+    return mlx_weights.bytes_held(plan, checkpoint, dtype)
+
+
+def memory_needed(
+    spec: DecoderSpec, dtype: str, device: str, max_context: int, weights: int
+) -> dict[str, int]:
+    """Bytes for one lane of `max_context` tokens (at most the model's own context), beside those of
+    the weights."""
     tokens = min(max_context, spec.context)
     cache = state_bytes(spec, tokens, ITEM_BYTES[dtype])
     return {
@@ -226,8 +240,9 @@ class Reporter:
 
 
 def _read(found: Inspected, progress: Progress) -> tuple[dict[str, Tensor], list[str]]:
-    """Fill every tensor of the plan; notes say where numbers are not finite. Experts are not looked
-    at: theirs show in the next router, while attention's may vanish in a softmax."""
+    """Fill every tensor of the plan; notes say where numbers are not finite. Experts are looked at
+    where they are packed (a scale is many values): else theirs show in the next router, while
+    attention's may vanish in a softmax."""
     checkpoint = found.checkpoint
     pieces = [piece for placement in found.plan.placements for piece in placement.pieces]
     report = Reporter(progress, bytes_of(pieces, checkpoint))
@@ -237,10 +252,13 @@ def _read(found: Inspected, progress: Progress) -> tuple[dict[str, Tensor], list
         target = _empty(placement, found)
         if placement.constant is not None:
             target.fill_(placement.constant)
+        count = 0
         for piece in placement.pieces:
             report.what = checkpoint.tensors[piece.published[0]].shard
-            _fill(target, piece, checkpoint, report)
-        if len(placement.shape) < 3 and (count := _non_finite(target)):
+            count += _fill(target, piece, checkpoint, report)
+        if len(placement.shape) < 3:
+            count = _non_finite(target)
+        if count:
             notes.append(f"{called(placement.target)} holds {count} values that are not finite")
         weights[placement.target] = target
     checkpoint.verify_unchanged()
@@ -294,16 +312,16 @@ def _rows(target: Tensor, piece: Piece) -> Tensor:
     return target[:, piece.start : piece.stop]
 
 
-def _fill(target: Tensor, piece: Piece, checkpoint: Checkpoint, progress: Counted) -> None:
-    """Read one piece into its rows; in another form, or packed, a matrix at a time beside them."""
+def _fill(target: Tensor, piece: Piece, checkpoint: Checkpoint, progress: Counted) -> int:
+    """Read one piece into its rows; in another form, or packed, a matrix at a time beside them.
+    Returns how many values of what was packed are not finite."""
     rows = _rows(target, piece)
     if piece.packed is not None:
-        for block, out in enumerate(rows) if piece.blocks else [(None, rows)]:
-            _expand(piece, out, block, checkpoint, progress)
-        return
+        blocks = enumerate(rows) if piece.blocks else [(None, rows)]
+        return sum(_expand(piece, out, block, checkpoint, progress) for block, out in blocks)
     if piece.form == forms.PLAIN:
         checkpoint.read_torch(piece.source, out=rows, progress=progress)
-        return
+        return 0
     dtype = "float32" if forms.FORMS[piece.form].minus else None
     each = checkpoint.info(piece.source).shape[0] // piece.blocks if piece.blocks else 0
     for block, out in enumerate(rows) if piece.blocks else [(None, rows)]:
@@ -312,22 +330,28 @@ def _fill(target: Tensor, piece: Piece, checkpoint: Checkpoint, progress: Counte
             part = slice(block * each, (block + 1) * each)
         stored = checkpoint.read_torch(piece.source, rows=part, dtype=dtype, progress=progress)
         out.copy_(forms.apply(piece.form, stored, tuple(out.shape), piece.sizes))
+    return 0
 
 
 def _expand(
     piece: Piece, out: Tensor, block: int | None, checkpoint: Checkpoint, progress: Counted
-) -> None:
-    """One packed matrix into `out`: some rows at a time, or whole where its form moves rows."""
+) -> int:
+    """One packed matrix into `out`: some rows at a time, or whole where its form moves rows.
+    Returns how many of its values are not finite."""
     import torch
 
     assert piece.packed is not None
     parts = reading.expanded(piece.packed, checkpoint, block, progress)
-    if piece.form == forms.PLAIN:
-        for rows, values in parts:
-            out[rows].copy_(torch.from_numpy(np.ascontiguousarray(values)))
-        return
-    stored = torch.from_numpy(np.concatenate([values for _, values in parts]))
-    out.copy_(forms.apply(piece.form, stored, tuple(out.shape), piece.sizes))
+    if piece.form != forms.PLAIN:
+        stored = np.concatenate([values for _, values in parts])
+        values = forms.apply(piece.form, stored, tuple(out.shape), piece.sizes)
+        parts = iter([(slice(None), values)])
+    wrong = 0
+    for rows, values in parts:
+        out[rows].copy_(torch.from_numpy(np.ascontiguousarray(values)))
+        if not np.isfinite(values.sum()):
+            wrong += values.size - int(np.count_nonzero(np.isfinite(values)))
+    return wrong
 
 
 def _non_finite(tensor: Tensor) -> int:

@@ -13,12 +13,14 @@ from typing import Any
 
 from moescope.engine.config import bad
 from moescope.engine.header import TensorInfo
-from moescope.engine.quantised.formats import FORMATS, Format
+from moescope.engine.quantised.formats import FORMATS, Format, expand
 from moescope.engine.quantised.packed import Group, Held, Packed
 from moescope.engine.quantised.scheme import Rule, Scheme
 from moescope.engine.quantised.settings import read_scheme
 from moescope.errors import MoescopeError
 from moescope.safety import single_line
+
+__all__ = ["Held", "Packed", "expand", "held", "notes", "read_scheme"]
 
 MAIN = "weight"  # the role every format has
 PACKED = "packed"  # in place of a dtype
@@ -39,11 +41,11 @@ def held(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[s
     for name in dict.fromkeys(rule.format for rule in scheme.rules):
         rules = [rule for rule in scheme.rules if rule.format == name]
         for group in _groups(name, FORMATS[name], tensors):
-            readings = tuple(_readings(group, rules, scheme))
             weight = group.tensors[MAIN]
-            fault = _fault(group, FORMATS[name], readings, tensors)
-            if fault is not None:
-                faults.setdefault(weight.name, fault)
+            fault = _fault(group, FORMATS[name])
+            readings = () if fault is not None else tuple(_readings(group, rules, scheme))
+            if not readings:
+                faults.setdefault(weight.name, fault or _misfit(group))
                 continue
             _expect_listed_otherwise(group, scheme)
             used.add(weight.name)
@@ -89,24 +91,25 @@ def _module(group: Group) -> str:
     return group.name.removesuffix(".weight")
 
 
-def _fault(
-    group: Group, format: Format, readings: tuple[Packed, ...], tensors: Mapping[str, TensorInfo]
-) -> MoescopeError | None:
-    """Why these tensors are not of this format."""
+def _fault(group: Group, format: Format) -> MoescopeError | None:
+    """What is missing beside a weight, or has another dtype than in this format."""
     weight = group.tensors[MAIN]
     base = weight.name.removesuffix(format.roles[MAIN].suffix)
     for role, kind in format.roles.items():
         info = group.tensors.get(role)
-        if info is None:
-            if kind.required:
-                return bad(f"{_shown(weight)}: expected {_short(base + kind.suffix)} beside it")
-        elif info.dtype not in kind.dtypes:
+        if info is None and kind.required:
+            return bad(
+                f"{_shown(weight)}: expected {_short(base + kind.suffix)} beside it, found none"
+            )
+        if info is not None and info.dtype not in kind.dtypes:
             return bad(f"{_shown(info)}: expected {' or '.join(kind.dtypes)}, found {info.dtype}")
-    if readings:
-        return None
+    return None
+
+
+def _misfit(group: Group) -> MoescopeError:
     shapes = ", ".join(f"{role} {list(info.shape)}" for role, info in group.tensors.items())
     return bad(
-        f"{_shown(weight)}: expected shapes of {group.format} as config.json has it, "
+        f"{_shown(group.tensors[MAIN])}: expected shapes of {group.format} as config.json has it, "
         f"found {shapes}",
         "config.json and the weights are of different models, or one of them is damaged",
     )

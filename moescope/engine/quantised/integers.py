@@ -76,11 +76,13 @@ def gptq_readings(group: Group, bits: int, size: int, variant: str) -> Iterator[
     """`size` 0 is one group of all columns."""
     words, scales = group.tensors["weight"].shape, group.tensors["scales"].shape
     zeros, order = group.tensors["zeros"].shape, group.tensors.get("g_idx")
-    if not len(words) == len(scales) == len(zeros) == 2 or words[0] * 32 % bits:
+    if not len(words) == len(scales) == len(zeros) == 2:
         return
     columns, rows = words[0] * 32 // bits, words[1]
+    if (columns * bits, columns % 8, rows % 8) != (words[0] * 32, 0, 0):
+        return
     groups = -(-columns // size) if size else 1
-    if scales != (groups, rows) or zeros != (groups, -(-rows * bits // 32)):
+    if scales != (groups, rows) or zeros != (groups, rows * bits // 32) or rows * bits % 32:
         return
     if order is not None and order.shape != (columns,):
         return

@@ -10,7 +10,7 @@ from moescope.engine.quantised.packed import Group, Packed
 
 Readings = Callable[[Group], Iterable[Packed]]
 MOST = 1 << 20  # a group's columns, or a block's rows
-ACTIVATIONS = "made for {} activations; here activations stay as they are, only weights are {0}"
+ACTIVATIONS = "made for {0} activations; here activations stay as they are, only weights are {0}"
 
 
 @dataclass(frozen=True, slots=True)
