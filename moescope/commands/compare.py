@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moescope.diagnosis.compare import run_compare
+    from moescope.diagnosis.compare_run import run_compare
     from moescope.engine.protocol import MAX_LANES, Generate
 
     variants = args.variants if len(args.variants) > 1 else ["trained", *args.variants]

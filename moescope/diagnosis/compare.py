@@ -3,7 +3,8 @@
 Pure functions over frames, and `Pairing`, which takes frames as they come at some 100 µs each.
 Frames are compared at equal positions. While both lanes were fed the same ids, what differs is the
 routers' doing; after that lanes read different texts, and their figures are kept apart as
-compounded. Letters: L routers, A and B picks of the two lanes.
+compounded. A *flip* is another set of experts for the same ids; why it came is asked of a judge
+(`causes.py`). `compare_run.py` runs lanes. Letters: L routers, A and B picks of the two lanes.
 """
 
 from __future__ import annotations
@@ -16,19 +17,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.engine.protocol import Generate
 from moescope.trace.frames import Frame, RouterInfo
 
 # Sums over tokens that an agreement is made of; each row counts L routers.
 _SUMS = (
-    *("tokens", "same_set", "same_order", "overlap", "same_top1"),
+    *("tokens", "same_set", "same_order", "overlap", "jaccard", "same_top1"),
     *("weight_tokens", "weight_difference", "score_sum_a", "score_sum_b"),
 )
 
 
+LISTED = 1000  # flips that are kept one by one
+MARGINS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, math.inf)  # upper ends of bins
+
+# For two frames and some routers, why each of them chose otherwise: one of `causes.CAUSES`.
+Judge = Callable[[Frame, Frame, Sequence[int]], Sequence[str]]
+
+
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """The first decision that differs: another set of experts for the same input ids."""
+    """A flip: another set of experts for the same input ids."""
 
     position: int
     router: int  # index among the routers
@@ -37,6 +44,16 @@ class Divergence:
     margin_b: float | None
     experts_a: tuple[int, ...]
     experts_b: tuple[int, ...]
+    cause: str = ""  # gate, input, either, together; "" where nothing tells
+
+
+@dataclass(frozen=True, slots=True)
+class MarginBin:
+    """Decisions of lane A by margin (in the units it selects in): how many flipped in lane B."""
+
+    below: float | None  # None: the last, without an upper end
+    decisions: int
+    flips: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +64,7 @@ class Agreement:
     same_set: float | None = None  # share of tokens with the same set of experts
     same_order: float | None = None
     overlap: float | None = None  # experts both chose, of the larger number chosen
+    jaccard: float | None = None  # experts both chose, of those either chose
     same_top1: float | None = None
     weight_difference: float | None = None  # mean |difference| over experts either chose
     score_sum_a: float | None = None
@@ -73,6 +91,11 @@ class Comparison:
     tokens: int  # compared: positions both lanes have a frame for
     ids_part_at: int | None  # the first position whose ids differ; None: they never do
     first_divergence: Divergence | None
+    flips: int  # while both were fed the same ids
+    causes: dict[str, int]  # of these flips; "" where nothing tells
+    flips_by_router: tuple[dict[str, int], ...]  # cause -> flips
+    first_flips: tuple[Divergence, ...]  # at most LISTED, in the order of positions
+    margins: tuple[MarginBin, ...]
     same_ids: Agreements  # while both were fed the same ids
     compounded: Agreements  # after that
     kl_tokens: int
@@ -82,15 +105,24 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; what is not a finite number is null."""
-        document: dict[str, Any] = _plain(self)
+        document: dict[str, Any] = plain(self)
         return document
 
 
 class Pairing:
     """Compares two lanes of one sequence as their frames come, in any order."""
 
-    def __init__(self, lane_a: int, lane_b: int, layers: Sequence[int]) -> None:
+    def __init__(
+        self,
+        lane_a: int,
+        lane_b: int,
+        layers: Sequence[int],
+        judge: Judge | None = None,
+        keep_rows: bool = False,
+    ) -> None:
         self.lanes = (lane_a, lane_b)
+        self.judge = judge
+        self.rows: list[dict[str, Any]] | None = [] if keep_rows else None
         self.layers = tuple(layers)
         self.variants = ["", ""]
         self.first: Divergence | None = None
@@ -100,6 +132,9 @@ class Pairing:
         self._waiting: tuple[dict[int, Frame], dict[int, Frame]] = ({}, {})
         self._kl: list[float] = []
         self._top1 = [0, 0]  # agreed, compared
+        self._flips: list[Divergence] = []
+        self._causes: list[dict[str, int]] = [{} for _ in self.layers]
+        self._bins = np.zeros((2, len(MARGINS)), np.int64)  # decisions, flips
 
     def feed(self, frame: Frame) -> None:
         """Take a frame; one of another lane is passed over."""
@@ -107,8 +142,9 @@ class Pairing:
             return
         side = self.lanes.index(frame.lane)
         partner = self._waiting[1 - side].pop(frame.position, None)
-        if partner is None:  # logits are large and not looked at
-            self._waiting[side][frame.position] = replace(frame, logits=None, alternatives=())
+        if partner is None:  # logits are large: kept only for a judge
+            logits = frame.logits if self.judge is not None else None
+            self._waiting[side][frame.position] = replace(frame, logits=logits, alternatives=())
             return
         self._compare(*((partner, frame) if side else (frame, partner)))
 
@@ -125,6 +161,14 @@ class Pairing:
             tokens=self.tokens,
             ids_part_at=self.ids_part_at,
             first_divergence=self.first,
+            flips=sum(sum(causes.values()) for causes in self._causes),
+            causes=_added(self._causes),
+            flips_by_router=tuple(dict(causes) for causes in self._causes),
+            first_flips=tuple(sorted(self._flips, key=lambda f: (f.position, f.router))),
+            margins=tuple(
+                MarginBin(below if math.isfinite(below) else None, int(all_), int(flipped))
+                for below, all_, flipped in zip(MARGINS, *self._bins, strict=True)
+            ),
             same_ids=same,
             compounded=compounded,
             kl_tokens=len(self._kl),
@@ -142,19 +186,38 @@ class Pairing:
         apart = known or a.token_id != b.token_id
         found = decisions(a, b)
         self._sums[int(apart)] += np.stack([found[name] for name in _SUMS])
-        differs = (found["tokens"] > 0) & (found["same_set"] == 0)
-        if not apart and differs.any():
-            self._diverged(a, b, int(differs.argmax()))
+        if not apart:
+            self._find_flips(a, b, found)
+        if self.rows is not None:
+            self.rows.append(_row(a, b, apart, found))
         if b.kl is not None and not apart:
             self._kl.append(b.kl)
         if b.top1_agrees is not None and not apart:
             self._top1[0] += b.top1_agrees
             self._top1[1] += 1
 
-    def _diverged(self, a: Frame, b: Frame, router: int) -> None:
-        if self.first is not None and self.first.position <= a.position:
+    def _find_flips(self, a: Frame, b: Frame, found: Mapping[str, NDArray[np.float64]]) -> None:
+        decided = found["tokens"] > 0
+        flipped = decided & (found["same_set"] == 0)
+        known = decided & np.isfinite(a.margin)
+        places = np.searchsorted(MARGINS, a.margin, side="right").clip(max=len(MARGINS) - 1)
+        self._bins[0] += np.bincount(places[known], minlength=len(MARGINS))
+        if not flipped.any():
             return
-        self.first = Divergence(
+        self._bins[1] += np.bincount(places[known & flipped], minlength=len(MARGINS))
+        routers = np.flatnonzero(flipped).tolist()
+        causes = self.judge(a, b, routers) if self.judge is not None else [""] * len(routers)
+        for router, cause in zip(routers, causes, strict=True):
+            self._causes[router][cause] = self._causes[router].get(cause, 0) + 1
+            flip = self._flip(a, b, router, cause)
+            if len(self._flips) < LISTED:
+                self._flips.append(flip)
+            first = self.first
+            if first is None or (a.position, router) < (first.position, first.router):
+                self.first = flip
+
+    def _flip(self, a: Frame, b: Frame, router: int, cause: str) -> Divergence:
+        return Divergence(
             position=a.position,
             router=router,
             layer=self.layers[router],
@@ -162,7 +225,33 @@ class Pairing:
             margin_b=_number(b.margin[router]),
             experts_a=tuple(int(e) for e in a.expert_ids[router] if e >= 0),
             experts_b=tuple(int(e) for e in b.expert_ids[router] if e >= 0),
+            cause=cause,
         )
+
+
+def _row(a: Frame, b: Frame, apart: bool, found: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """One token, layer by layer, as JSON values."""
+    flags = ("same_set", "same_order")
+    numbers = ("jaccard", "weight_difference", "score_sum_a", "score_sum_b")
+    return {
+        "position": a.position,
+        "token_ids": [a.token_id, b.token_id],
+        "same_ids": not apart,
+        "kl": None if b.kl is None or apart else _number(b.kl),
+        "top1_agrees": None if apart else b.top1_agrees,
+        **{name: [bool(value) for value in found[name]] for name in flags},
+        **{name: [round(float(value), 6) for value in found[name]] for name in numbers},
+        "margin_a": [_number(value) for value in a.margin],
+        "margin_b": [_number(value) for value in b.margin],
+    }
+
+
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for each in counts:
+        for name, count in each.items():
+            total[name] = total.get(name, 0) + count
+    return total
 
 
 def decisions(a: Frame, b: Frame) -> dict[str, NDArray[np.float64]]:
@@ -184,6 +273,7 @@ def decisions(a: Frame, b: Frame) -> dict[str, NDArray[np.float64]]:
         "same_set": valid & (shared == larger),
         "same_order": valid & in_order,
         "overlap": np.where(valid, shared / np.maximum(larger, 1), 0.0),
+        "jaccard": np.where(valid, shared / np.maximum(count_a + count_b - shared, 1), 0.0),
         "same_top1": valid & (ids_a[:, 0] == ids_b[:, 0]),
         "score_sum_a": np.where(valid, a.score_sum, 0.0),
         "score_sum_b": np.where(valid, b.score_sum, 0.0),
@@ -201,7 +291,9 @@ def decisions(a: Frame, b: Frame) -> dict[str, NDArray[np.float64]]:
 
 
 def compare_lanes(
-    lanes: Mapping[int, Iterable[Frame]], routers: Sequence[RouterInfo] | Sequence[int]
+    lanes: Mapping[int, Iterable[Frame]],
+    routers: Sequence[RouterInfo] | Sequence[int],
+    judge: Judge | None = None,
 ) -> tuple[Comparison, ...]:
     """Every lane but the first against the first. `lanes` are frames of one sequence by lane;
     `routers` say which layer each router is in (or are those layers)."""
@@ -210,7 +302,7 @@ def compare_lanes(
     if not held:
         return ()
     first, *others = held
-    pairings = [Pairing(first, other, layers) for other in others]
+    pairings = [Pairing(first, other, layers, judge) for other in others]
     for pairing in pairings:
         for frame in (*held[first], *held[pairing.lanes[1]]):
             pairing.feed(frame)
@@ -251,91 +343,12 @@ def _number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and numbers as JSON values; what is not finite is null."""
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
     return _number(value) if isinstance(value, float) else value
-
-
-# --- running a comparison -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class LaneResult:
-    """What one lane wrote."""
-
-    lane: int
-    variant: str
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    text: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class CompareRun:
-    lanes: tuple[LaneResult, ...]
-    comparisons: tuple[Comparison, ...]
-    invalid: str  # the message, where generation met logits that are not finite
-    stopped: str  # the message, where the recording stopped before the end
-
-    def to_json(self) -> dict[str, Any]:
-        document: dict[str, Any] = _plain(self)
-        return document
-
-
-def run_compare(
-    model: Any,
-    tokenizer: Any,
-    variants: Sequence[str],
-    request: Generate,
-    *,
-    teacher_forced: bool = False,
-    force_ids: Sequence[int] = (),
-    writer: Any = None,
-    max_context: int = 4096,
-    watch: Callable[[Frame], None] | None = None,
-) -> CompareRun:
-    """Run `request` under each variant as lanes of one batch and compare them with the first.
-
-    `teacher_forced` feeds every lane what the first one draws; `force_ids` feeds all of them these
-    ids after the prompt. `watch` sees each frame as it is made.
-    """
-    from moescope.engine.session import Session
-
-    session = Session(
-        model,
-        tokenizer,
-        writer,
-        record=writer.meta.record if writer is not None else "weights",
-        max_context=max_context,
-        variants=variants,
-        same_tokens=teacher_forced,
-    )
-    layers = [router.layer for router in model.interpreter.routers]
-    first, *others = sorted(session.lanes)
-    pairings = [Pairing(first, other, layers) for other in others]
-    try:
-        for frame in session.generate(request, force_ids=force_ids):
-            for pairing in pairings:
-                pairing.feed(frame)
-            if watch is not None:
-                watch(frame)
-    finally:
-        session.close()
-    lanes = tuple(
-        LaneResult(
-            lane=lane.index,
-            variant=lane.expression,
-            prompt_ids=tuple(lane.prompt_ids),
-            token_ids=tuple(lane.new_ids),
-            text=lane.text,
-            reason=lane.reason,
-        )
-        for lane in session.lanes.values()
-    )
-    failure = session.recorder.failure
-    stopped = "" if failure is None else failure.message
-    return CompareRun(lanes, tuple(p.result() for p in pairings), session.invalid, stopped)

@@ -17,8 +17,8 @@ from moescope.diagnosis.compare import (
     compare_lanes,
     decisions,
     first_divergence,
-    run_compare,
 )
+from moescope.diagnosis.compare_run import judge_of, run_compare
 from moescope.engine.protocol import Generate, Sampling
 from moescope.errors import ExitCode, MoescopeError
 from moescope.trace.frames import Frame
@@ -173,7 +173,7 @@ def test_free_lanes_of_a_run() -> None:
     assert changed.same_ids.all.score_sum_b == pytest.approx(1.0)
     assert changed.kl_tokens == parted
     by_lane = {n: [f for f in seen if f.lane == n] for n in range(3)}
-    assert compare_lanes(by_lane, [0, 1, 2]) == run.comparisons
+    assert compare_lanes(by_lane, [0, 1, 2], judge_of(fake(), None, 0, 1)) == run.comparisons
     json.dumps(run.to_json(), allow_nan=False)
 
 
