@@ -7,6 +7,8 @@ packed in a way that MLX multiplies stays packed; everything else becomes dense.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -16,40 +18,165 @@ from numpy.typing import NDArray
 from moescope.engine import devices
 from moescope.engine.families import forms
 from moescope.engine.load import Reporter, bytes_of, called, shortened
-from moescope.engine.mlx_operators import DTYPES, Stored
+from moescope.engine.mlx_operators import DTYPES, Above, Packed, Stored
+from moescope.engine.mlx_operators.matrix import accumulated
 from moescope.engine.quantised import numbers, reading
+from moescope.engine.quantised.packed import Packed as PublishedAsPacked
 
 if TYPE_CHECKING:
     from moescope.engine.checkpoint import Checkpoint
-    from moescope.engine.families.places import Piece, Placement
+    from moescope.engine.families.places import Piece, Placement, Plan
+    from moescope.engine.header import TensorInfo
     from moescope.engine.load import Inspected, Progress
 
 Array = NDArray[Any]
 _BITS = {"F32": np.float32, "BF16": np.uint16, "F16": np.uint16}  # how numpy holds what is stored
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 CHUNK = 64 << 20  # bytes read at once
+# Formats that MLX multiplies as they are published -> its name for them.
+KEPT = {
+    "mlx affine": "affine",
+    "mlx mxfp4": "mxfp4",
+    "mlx mxfp8": "mxfp8",
+    "mlx nvfp4": "nvfp4",
+}
+_ROLES = ("weight", "scales", "biases")
 
 
 def read(found: Inspected, progress: Progress) -> tuple[dict[str, Stored], list[str]]:
-    """Every tensor of the plan by name, and notes where numbers are not finite. Experts are not
-    looked at: theirs show in the next router."""
-    checkpoint = found.checkpoint
-    pieces = [piece for placement in found.plan.placements for piece in placement.pieces]
+    """Every tensor of the plan by name, and notes where numbers are not finite. Experts are looked
+    at where they are packed (a scale is many values): else theirs show in the next router."""
+    checkpoint, plan = found.checkpoint, found.plan
+    pieces = [piece for placement in plan.placements for piece in placement.pieces]
     report = Reporter(progress, bytes_of(pieces, checkpoint))
     weights: dict[str, Stored] = {}
     notes: list[str] = []
-    for placement in found.plan.placements:
+    for placement in plan.placements:
+        dtype = found.dtype if placement.dtype == "model" else placement.dtype
+        make = _packed if stays_packed(placement) else _dense
         try:
-            tensor = _dense(placement, checkpoint, found.dtype, report)
+            tensor = make(placement, checkpoint, dtype, report)
         except (RuntimeError, MemoryError) as error:
             memory = {**found.memory, "free": devices.free_bytes("mlx")}
             raise devices.out_of_memory(memory) from error
-        if len(placement.shape) < 3 and (count := _non_finite(tensor)):
+        looked_at = len(placement.shape) < 3 or any(piece.packed for piece in placement.pieces)
+        if looked_at and (count := _non_finite(tensor)):
             notes.append(f"{called(placement.target)} holds {count} values that are not finite")
         weights[placement.target] = tensor
     checkpoint.verify_unchanged()
     mx.clear_cache()
     return weights, shortened(notes)
+
+
+def bytes_held(plan: Plan, checkpoint: Checkpoint, dtype: str) -> int:
+    """What the weights of a plan take here; nothing is read."""
+    total = 0
+    for placement in plan.placements:
+        held = DTYPES[dtype if placement.dtype == "model" else placement.dtype]
+        if stays_packed(placement):
+            infos = [
+                checkpoint.info(name) for piece in placement.pieces for name in piece.published
+            ]
+            total += sum(prod(info.shape) * _kept_as(info, held).size for info in infos)
+        else:
+            kind = accumulated(held) if len(placement.shape) == 3 else held
+            total += prod(placement.shape) * kind.size
+    return total
+
+
+def stays_packed(placement: Placement) -> bool:
+    """Whether MLX multiplies a tensor of ours as it is published: all of it packed by formats of
+    MLX's own, in rows of ours or a permutation of them."""
+    return bool(placement.pieces) and all(map(_is_kept, placement.pieces))
+
+
+def _is_kept(piece: Piece) -> bool:
+    form = forms.FORMS[piece.form]
+    if piece.packed is None or form.transposed or form.folded or form.minus:
+        return False
+    roles = dict(piece.packed.tensors)  # a scale of the whole matrix is not MLX's everywhere
+    return piece.packed.format in KEPT and "global_scale" not in roles
+
+
+# --- packed -------------------------------------------------------------------------------------
+
+
+def _packed(placement: Placement, checkpoint: Checkpoint, dtype: str, report: Reporter) -> Stored:
+    """A tensor of ours as MLX multiplies it; parts of other bits one above another."""
+    parts: list[Packed] = []
+    for how, pieces in groupby(_by_place(placement.pieces), key=_how):
+        parts.append(_one_packed(placement.shape, list(pieces), how, checkpoint, dtype, report))
+    return parts[0] if len(parts) == 1 else Above(parts)
+
+
+def _by_place(pieces: Sequence[Piece]) -> list[Piece]:
+    """Pieces of all experts that fill the same rows, together."""
+    return sorted(pieces, key=lambda piece: (piece.start, piece.expert or 0))
+
+
+def _how(piece: Piece) -> tuple[str, int, int]:
+    assert piece.packed is not None
+    return piece.packed.format, piece.packed.bits, piece.packed.group_size
+
+
+def _one_packed(
+    shape: tuple[int, ...],
+    pieces: list[Piece],
+    how: tuple[str, int, int],
+    checkpoint: Checkpoint,
+    dtype: str,
+    report: Reporter,
+) -> Packed:
+    """Rows of `shape` [rows, columns] or [E, rows, columns], all packed alike."""
+    format, bits, group = how
+    first, last = pieces[0].start, pieces[-1].stop
+    filled: dict[str, mx.array] = {}
+    for role in _ROLES:
+        infos = [checkpoint.info(n) for piece in pieces for n in _named(piece.packed, role)]
+        if not infos:
+            continue
+        width = infos[0].shape[-1]
+        kind = _kept_as(infos[0], DTYPES[dtype])
+        held = kind if kind.size != 2 else mx.uint16
+        whole = mx.zeros((*shape[:-2], last - first, width), held)
+        mx.eval(whole)
+        target = np.array(whole, copy=False)
+        for piece in pieces:
+            (name,) = _named(piece.packed, role)
+            report.what = checkpoint.info(name).shard
+            rows = _rows(target, piece, first)
+            _fill_role(rows, piece, name, checkpoint, kind, report)
+        filled[role] = whole.view(kind)
+    arrays = (filled["weight"], filled["scales"], filled.get("biases"))
+    return Packed(*arrays, group, bits, KEPT[format], DTYPES[dtype])
+
+
+def _kept_as(info: TensorInfo, dtype: mx.Dtype) -> mx.Dtype:
+    """The dtype of codes, scales and biases here."""
+    return {"U32": mx.uint32, "U8": mx.uint8}.get(info.dtype, accumulated(dtype))
+
+
+def _named(packed: PublishedAsPacked | None, role: str) -> list[str]:
+    assert packed is not None
+    return [name for found, name in packed.tensors if found == role]
+
+
+def _fill_role(
+    rows: Array, piece: Piece, name: str, checkpoint: Checkpoint, kind: mx.Dtype, report: Reporter
+) -> None:
+    """Codes, scales or biases of one piece; in our order of rows."""
+    info, form = checkpoint.info(name), forms.FORMS[piece.form]
+    for block, out in enumerate(rows) if piece.blocks else [(None, rows)]:
+        part = None if block is None else slice(block, block + 1)
+        data = checkpoint.read_bytes(name, part)
+        stored = numbers.decode(info.dtype, data, out.shape)
+        if form.order is not None:
+            stored = stored[form.order(len(stored), *piece.sizes)]
+        out[...] = _as(stored, kind) if stored.dtype == np.float32 else stored
+        report(len(data))
+
+
+# --- dense --------------------------------------------------------------------------------------
 
 
 def _dense(placement: Placement, checkpoint: Checkpoint, dtype: str, report: Reporter) -> mx.array:
@@ -59,22 +186,48 @@ def _dense(placement: Placement, checkpoint: Checkpoint, dtype: str, report: Rep
     mx.eval(whole)
     target = np.array(whole, copy=False)  # the memory of `whole` itself
     if placement.constant is not None:
-        target[...] = _as(np.full((), placement.constant, np.float32), dtype)
+        target[...] = _as(np.full((), placement.constant, np.float32), DTYPES[dtype])
     for piece in placement.pieces:
         report.what = checkpoint.tensors[piece.published[0]].shard
-        _fill(_rows(target, piece), piece, checkpoint, dtype, report)
+        rows = _rows(target, piece)
+        if piece.packed is None:
+            _fill(rows, piece, checkpoint, dtype, report)
+        else:
+            for block, out in enumerate(rows) if piece.blocks else [(None, rows)]:
+                _expand(out, piece, block, checkpoint, dtype, report)
     return whole if dtype == "float32" else whole.view(DTYPES[dtype])
 
 
-def _rows(target: Array, piece: Piece) -> Array:
-    """The part of `target` that a piece fills: rows of one expert's matrix, or of each block's."""
+def _rows(target: Array, piece: Piece, first: int = 0) -> Array:
+    """The part of `target`, which begins at row `first` of ours, that a piece fills: rows of one
+    expert's matrix, or of each block's."""
+    span = slice(piece.start - first, piece.stop - first)
     if piece.expert is not None:
-        return target[piece.expert, piece.start : piece.stop]
+        return target[piece.expert, span]
     if not piece.blocks:
-        return target[piece.start : piece.stop]
+        return target[span]
     if target.ndim < len(piece.shape):
         target = target.reshape(piece.blocks, -1, *target.shape[1:])
-    return target[:, piece.start : piece.stop]
+    return target[:, span]
+
+
+def _expand(
+    out: Array,
+    piece: Piece,
+    block: int | None,
+    checkpoint: Checkpoint,
+    dtype: str,
+    report: Reporter,
+) -> None:
+    """One packed matrix as numbers: some rows at a time, or whole where its form moves rows."""
+    assert piece.packed is not None
+    parts = reading.expanded(piece.packed, checkpoint, block, report)
+    if piece.form == forms.PLAIN:
+        for rows, values in parts:
+            out[rows] = _as(values, DTYPES[dtype])
+        return
+    stored = np.concatenate([values for _, values in parts])
+    out[...] = _as(forms.apply(piece.form, stored, out.shape, piece.sizes), DTYPES[dtype])
 
 
 def _fill(rows: Array, piece: Piece, checkpoint: Checkpoint, dtype: str, report: Reporter) -> None:
@@ -87,12 +240,12 @@ def _fill(rows: Array, piece: Piece, checkpoint: Checkpoint, dtype: str, report:
         data = checkpoint.read_bytes(piece.source, part)
         shape = info.shape if part is None else (part.stop - part.start, *info.shape[1:])
         stored: Array
-        if _NAMES[info.dtype] == dtype and not forms.FORMS[piece.form].minus:
+        if _NAMES.get(info.dtype) == dtype and not forms.FORMS[piece.form].minus:
             stored = np.frombuffer(data, _BITS[info.dtype]).reshape(shape)
             out[...] = forms.apply(piece.form, stored, out.shape, piece.sizes)
         else:
             stored = numbers.decode(info.dtype, data, shape)
-            out[...] = _as(forms.apply(piece.form, stored, out.shape, piece.sizes), dtype)
+            out[...] = _as(forms.apply(piece.form, stored, out.shape, piece.sizes), DTYPES[dtype])
         report(len(data))
 
 
@@ -108,7 +261,7 @@ def _expand(
                 out[part] = _as(values, dtype)
             continue
         stored = np.concatenate([values for _, values in parts])
-        out[...] = _as(forms.apply(piece.form, stored, out.shape, piece.sizes), dtype)
+        out[...] = _as(forms.apply(piece.form, stored, out.shape, piece.sizes), DTYPES[dtype])
 
 
 def _parts(
@@ -127,14 +280,23 @@ def _parts(
             yield rows[start : start + count], slice(start, min(start + count, len(rows)))
 
 
-def _as(values: Array, dtype: str) -> Array:
+def _as(values: Array, dtype: mx.Dtype) -> Array:
     """float32 as what numpy holds `dtype` in, rounded to nearest."""
-    if dtype == "float32":
+    if dtype == mx.float32:
         return values
-    narrow = mx.array(np.ascontiguousarray(values)).astype(DTYPES[dtype])
+    narrow = mx.array(np.ascontiguousarray(values)).astype(dtype)
     return np.array(narrow.view(mx.uint16))
 
 
-def _non_finite(tensor: mx.array) -> int:
-    """How many values are NaN or infinite."""
-    return int(mx.sum(~mx.isfinite(tensor)).item())
+def _non_finite(tensor: Stored) -> int:
+    """How many values are NaN or infinite; of what is packed, all that share such a scale."""
+    if isinstance(tensor, Above):
+        return sum(map(_non_finite, tensor.parts))
+    if isinstance(tensor, Packed):
+        arrays = [a for a in (tensor.scales, tensor.biases) if a is not None and a.dtype.size > 1]
+        return max((_not_finite(a) for a in arrays), default=0) * tensor.group_size
+    return _not_finite(tensor)
+
+
+def _not_finite(array: mx.array) -> int:
+    return int(mx.sum(~mx.isfinite(array)).item())

@@ -118,7 +118,8 @@ def test_a_trace_is_recorded_without_torch(checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_a_device_that_needs_torch_says_so(checkpoint: Path) -> None:
-    done = without_torch(COMMAND, "-", "generate", str(checkpoint), "--device", "cpu")
+    options = ("--prompt", "Hi", "--device", "cpu")
+    done = without_torch(COMMAND, "-", "generate", str(checkpoint), *options)
     assert done.returncode == 2 and "device cpu: torch is not installed" in done.stderr
     assert "Traceback" not in done.stderr
 

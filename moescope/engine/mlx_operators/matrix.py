@@ -32,15 +32,24 @@ class Matrix(Protocol):
         """The weights as one dense array."""
 
 
+def accumulated(dtype: mx.Dtype) -> mx.Dtype:
+    """What is given to products of experts and of packed weights where the model is in `dtype`.
+    MLX's CPU multiplies chosen experts in float32 only, and sums up packed products in the dtype
+    they are given in; so there it is given float32. The result is rounded all the same."""
+    return dtype if mx.metal.is_available() else mx.float32
+
+
 class Dense:
-    """Weights as they are. MLX's CPU multiplies chosen experts in float32 only, so there the
-    experts of a model in half precision are kept in float32; products are rounded all the same."""
+    """Weights as they are; experts in the dtype they are multiplied in."""
 
     def __init__(self, weight: mx.array) -> None:
         self.weight = weight
-        if weight.ndim == 3 and not mx.metal.is_available():
-            self.weight = weight.astype(mx.float32)
+        if weight.ndim == 3:
+            self.weight = weight.astype(accumulated(weight.dtype))
         self._turned = self.weight.swapaxes(-1, -2)
+
+    def __str__(self) -> str:
+        return "dense"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,7 +73,7 @@ class Dense:
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
     """Weights of few bits: `codes` uint32 packed along the inputs, with a scale (and, where affine,
-    a bias) for every group of inputs. `mode` is MLX's word for it."""
+    a bias) for every group of inputs. `mode` is MLX's word for it, `dtype` that of its numbers."""
 
     codes: mx.array
     scales: mx.array
@@ -72,44 +81,53 @@ class Packed:
     group_size: int
     bits: int
     mode: str
+    dtype: mx.Dtype
+
+    def __str__(self) -> str:
+        return f"{self.mode} {self.bits} bit"
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.codes.shape[:-1], self.scales.shape[-1] * self.group_size)
 
     def __call__(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
-        out = mx.quantized_matmul(
-            x, self.codes, self.scales, self.biases, transpose=True, **self._how
-        ).astype(x.dtype)
+        arrays = (self.codes, self.scales, self.biases)
+        wide = x.astype(accumulated(x.dtype))
+        out = mx.quantized_matmul(wide, *arrays, True, self.group_size, self.bits, self.mode)
+        out = out.astype(x.dtype)
         return out if bias is None else out + bias
 
     def of_experts(self, x: mx.array, ids: mx.array, *, ordered: bool = False) -> mx.array:
         return mx.gather_qmm(
-            x,
-            *(self.codes, self.scales, self.biases),
+            *(x.astype(accumulated(x.dtype)), self.codes, self.scales, self.biases),
             rhs_indices=ids,
             transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
             sorted_indices=ordered,
-            **self._how,
         ).astype(x.dtype)
 
     def take(self, ids: mx.array) -> mx.array:
         biases = None if self.biases is None else self.biases[ids]
-        return mx.dequantize(self.codes[ids], self.scales[ids], biases, **self._how)
+        return self._expanded(self.codes[ids], self.scales[ids], biases)
 
     def whole(self) -> mx.array:
-        return mx.dequantize(self.codes, self.scales, self.biases, **self._how)
+        return self._expanded(self.codes, self.scales, self.biases)
 
-    @property
-    def _how(self) -> dict[str, object]:
-        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+    def _expanded(self, codes: mx.array, scales: mx.array, biases: mx.array | None) -> mx.array:
+        how = (self.group_size, self.bits, self.mode)
+        return mx.dequantize(codes, scales, biases, *how, dtype=self.dtype)
 
 
 class Above:
     """Matrices one above another that are not packed alike: q, k and v of different bits."""
 
-    def __init__(self, parts: Sequence[Matrix]) -> None:
+    def __init__(self, parts: Sequence[Packed]) -> None:
         self.parts = tuple(parts)
+
+    def __str__(self) -> str:
+        return " and ".join(dict.fromkeys(map(str, self.parts)))
 
     @property
     def shape(self) -> tuple[int, ...]:
