@@ -311,6 +311,14 @@ class Fields:
             raise self.error(names, f"a list of {count}{_PLURALS.get(of, of.__name__)}")
         return value
 
+    def renamed(self, aliases: Mapping[builtins.str, builtins.str]) -> Fields:
+        """The same object with fields called by their other name; two that differ are refused."""
+        values = {name: value for name, value in self.values.items() if name not in aliases}
+        for old, new in aliases.items():
+            if old in self.values and (found := self.raw((new, old))) is not None:
+                values[new] = found
+        return Fields(values, self.file, self.prefix)
+
     def fields(self, names: Names) -> Fields | None:
         """The object under this name, None where absent."""
         value = self.raw(names)

@@ -147,7 +147,8 @@ class MLA:
     kv_latent_scale: float = 1.0
     bias: bool = False  # of the projections from and to the hidden state; not of q_proj
     q_reads_raw: bool = False  # queries are projected from the latent, normed and as it was
-    gate: Literal["none", "in_q_proj"] = "none"  # a sigmoid on the values, beside each query
+    gate: Literal["none", "in_q_proj", "sigmoid_per_head"] = "none"  # a sigmoid on the values, of
+    # rows beside each query or of a product of its own
     temperature_scale: float = 0.0  # of queries, by log1p(floor(p / temperature_floor))
     temperature_floor: int = 0
     indexer: Indexer | None = None

@@ -261,6 +261,8 @@ def _of_mla(m: MLA) -> Iterator[Slot]:
     yield _plain("o_proj.weight", (m.hidden, m.heads * m.v_dim), "hidden_size", "value columns")
     if m.bias:
         yield _plain("o_proj.bias", (m.hidden,), "hidden_size")
+    if m.gate == "sigmoid_per_head":
+        yield _plain("gate_proj.weight", (m.heads, m.hidden), "num_attention_heads", "hidden_size")
     if m.indexer is not None:
         yield from _of_indexer(m.indexer, m)
 

@@ -81,6 +81,7 @@ FORMS: dict[str, Form] = {
     "squeezed": Form(lambda shape: (shape[0], 1, *shape[1:])),  # [C, 1, K], a conv of torch
     "conv last": Form(lambda shape: (*shape, 1)),  # [C, K, 1], a conv of mlx
     "one row": Form(lambda shape: (1, *shape)),
+    "inside ones": Form(lambda shape: (1, 1, *shape, 1)),
     "scalar": Form(lambda shape: ()),
     "plus one": Form(minus=1.0),  # 1 + w, where w is what the norm holds
     "qkv by group": Form(order=_by_group, sizes=_grouped_heads),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.engine.decoder import MLA, Indexer
-from moescope.engine.torch_operators.common import Call, Weights, linear
+from moescope.engine.torch_operators.common import Call, Weights, linear, split
 from moescope.engine.torch_operators.norms import load_norm
 from moescope.engine.torch_operators.rope import rotate
 
@@ -34,9 +34,10 @@ class TorchMLA:
         self.kv_norm = load_norm(spec.latent_norm, weights, f"{path}.kv_a_norm")
         self.kv_b = weights[f"{path}.kv_b_proj.weight"]
         heads = self.kv_b.view(spec.heads, spec.nope_dim + spec.v_dim, spec.kv_lora_rank)
-        self.to_keys, self.to_values = heads.split((spec.nope_dim, spec.v_dim), 1)
+        self.to_keys, self.to_values = heads[:, : spec.nope_dim], heads[:, spec.nope_dim :]
         self.out = weights[f"{path}.o_proj.weight"]
         self.out_bias = weights.get(f"{path}.o_proj.bias")
+        self.gate = weights.get(f"{path}.gate_proj.weight")  # [heads, H]
         self.cache = torch.empty(0)
         self.indexer: TorchIndexer | None = None
         if spec.indexer is not None:
@@ -64,7 +65,9 @@ class TorchMLA:
         latent, q = self.queries(h)
         gate = None
         if s.gate == "in_q_proj":
-            q, gate = q.split((s.nope_dim + s.rope_dim, s.v_dim), -1)
+            q, gate = split(q, s.nope_dim + s.rope_dim, s.v_dim)
+        elif self.gate is not None:
+            gate = linear(h, self.gate)[..., None]
         q, rows = self._turned(q, h, call)
         if self.indexer is not None:
             assert latent is not None
@@ -79,23 +82,22 @@ class TorchMLA:
             parts.append(attend(q[span], self.cache[lane, :end], seen))
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts)  # [R, heads, v_dim]
         if gate is not None:
-            mixed = (mixed * torch.sigmoid(gate.float())).to(mixed.dtype)
+            gate = torch.sigmoid(gate.float())
+            mixed = (mixed * (gate if s.gate == "in_q_proj" else gate.to(mixed.dtype))).to(h.dtype)
         return linear(mixed.flatten(1), self.out, self.out_bias)
 
     def _turned(self, q: Tensor, h: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Queries [R, heads, nope + rope] and new rows of the cache [R, latent + rope], both with
         their rope parts turned to their positions."""
         s = self.spec
-        latent, turning = linear(h, self.kv_a, self.kv_a_bias).split(
-            (s.kv_lora_rank, s.rope_dim), -1
-        )
+        latent, turning = split(linear(h, self.kv_a, self.kv_a_bias), s.kv_lora_rank, s.rope_dim)
         if self.kv_norm is not None:
             latent = self.kv_norm(latent)
         if s.kv_latent_scale != 1.0:
             latent = latent * s.kv_latent_scale
         if s.rope is not None:
             rotation = call.rotations[id(s.rope)]
-            still, moving = q.split((s.nope_dim, s.rope_dim), -1)
+            still, moving = split(q, s.nope_dim, s.rope_dim)
             q = torch.cat((still, rotate(moving, s.rope, rotation)), -1)
             turning = rotate(turning[:, None], s.rope, rotation)[:, 0]
         if s.temperature_scale:
@@ -109,7 +111,7 @@ class TorchMLA:
         s = self.spec
         if seen is not None:
             rows = rows[seen[0].to(rows.device)]
-        still, moving = q[0].split((s.nope_dim, s.rope_dim), -1)
+        still, moving = split(q[0], s.nope_dim, s.rope_dim)
         inner = torch.bmm(still[:, None], self.to_keys)[:, 0]
         scores = torch.cat((inner, moving), -1) @ rows.T * s.scale
         shares = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
@@ -119,15 +121,15 @@ class TorchMLA:
     def _many(self, q: Tensor, rows: Tensor, seen: Tensor | None) -> Tensor:
         """q [T, heads, D], the last T of rows [S, latent + rope]; `seen` [T, S]."""
         s, S, start = self.spec, len(rows), len(rows) - len(q)
-        latent, turned = rows.split((s.kv_lora_rank, s.rope_dim), -1)
-        still, values = (
-            linear(latent, self.kv_b).view(S, s.heads, -1).split((s.nope_dim, s.v_dim), -1)
-        )
+        latent, turned = split(rows, s.kv_lora_rank, s.rope_dim)
+        expanded = linear(latent, self.kv_b).view(S, s.heads, -1)
+        still, values = split(expanded, s.nope_dim, s.v_dim)
         keys = torch.cat((still, turned[:, None].expand(S, s.heads, s.rope_dim)), -1)
         width = max(s.nope_dim + s.rope_dim, s.v_dim)  # one width, for kernels that want one
-        arrays = [F.pad(x, (0, width - x.shape[-1])).transpose(0, 1) for x in (q, keys, values)]
-        out = _attend(*arrays, start, seen, s.scale)[..., : s.v_dim]
-        return out.transpose(0, 1)
+        q, keys, values = (
+            F.pad(x, (0, width - x.shape[-1])).transpose(0, 1) for x in (q, keys, values)
+        )
+        return _attend(q, keys, values, start, seen, s.scale)[..., : s.v_dim].transpose(0, 1)
 
 
 class TorchIndexer:
