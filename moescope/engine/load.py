@@ -7,30 +7,23 @@ place (experts into one tensor per layer), so that little more than the weights 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from moescope.engine import devices, families, parameters
 from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.decoder import DecoderSpec, state_bytes
-from moescope.engine.families import forms
 from moescope.engine.families.family import Family
-from moescope.engine.families.places import Piece, Placement, Plan
+from moescope.engine.families.places import Piece, Plan
 from moescope.engine.header import TensorInfo
 from moescope.engine.protocol import Loading, LoadRequest
-from moescope.engine.quantised import reading
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import single_line
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from moescope.engine.interpreter import Interpreter
 
 Progress = Callable[[Loading], None]
@@ -40,7 +33,6 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _REPORT_SECONDS = 0.05
 NOTES = 8  # about tensors, before they are only counted
-PIECE = 4 << 20  # elements looked at together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,11 +209,13 @@ def _split(
 
 def _reader(device: str) -> Callable[[Inspected, Progress], tuple[dict[str, Any], list[str]]]:
     """What fills the tensors of a plan with what is in the checkpoint, and says what is amiss."""
-    if device != "mlx":
-        return _read
-    from moescope.engine import mlx_weights
+    if device == "mlx":
+        from moescope.engine import mlx_weights
 
-    return mlx_weights.read
+        return mlx_weights.read
+    from moescope.engine import torch_weights
+
+    return torch_weights.read
 
 
 class Reporter:
@@ -237,32 +231,6 @@ class Reporter:
         if now - self.last >= _REPORT_SECONDS or self.done >= self.total:
             self.last = now
             self.progress(Loading("reading", self.done, self.total, self.what))
-
-
-def _read(found: Inspected, progress: Progress) -> tuple[dict[str, Tensor], list[str]]:
-    """Fill every tensor of the plan; notes say where numbers are not finite. Experts are looked at
-    where they are packed (a scale is many values): else theirs show in the next router, while
-    attention's may vanish in a softmax."""
-    checkpoint = found.checkpoint
-    pieces = [piece for placement in found.plan.placements for piece in placement.pieces]
-    report = Reporter(progress, bytes_of(pieces, checkpoint))
-    weights: dict[str, Tensor] = {}
-    notes: list[str] = []
-    for placement in found.plan.placements:
-        target = _empty(placement, found)
-        if placement.constant is not None:
-            target.fill_(placement.constant)
-        count = 0
-        for piece in placement.pieces:
-            report.what = checkpoint.tensors[piece.published[0]].shard
-            count += _fill(target, piece, checkpoint, report)
-        if len(placement.shape) < 3:
-            count = _non_finite(target)
-        if count:
-            notes.append(f"{called(placement.target)} holds {count} values that are not finite")
-        weights[placement.target] = target
-    checkpoint.verify_unchanged()
-    return weights, shortened(notes)
 
 
 def bytes_of(pieces: Iterable[Piece], checkpoint: Checkpoint) -> int:
@@ -284,86 +252,6 @@ def called(target: str) -> str:
     if words[0] != "layers":
         return target
     return f"layer {words[1]}: " + ("the router" if words[-2] == "gate" else ".".join(words[2:]))
-
-
-def _empty(placement: Placement, found: Inspected) -> Tensor:
-    import torch
-
-    device = found.device_of(placement.target)
-    dtype = found.dtype if placement.dtype == "model" else placement.dtype
-    try:
-        tensor = torch.empty(placement.shape, dtype=getattr(torch, dtype), device=device)
-    except (RuntimeError, MemoryError) as error:
-        memory = {**found.memory, "free": devices.free_bytes(device)}
-        raise devices.out_of_memory(memory) from error
-    if tensor.device.type == "cpu":
-        devices.ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
-
-
-def _rows(target: Tensor, piece: Piece) -> Tensor:
-    """The part of `target` that a piece fills: rows of one expert's matrix, or of each block's."""
-    if piece.expert is not None:
-        return target[piece.expert, piece.start : piece.stop]
-    if not piece.blocks:
-        return target[piece.start : piece.stop]
-    if target.dim() < len(piece.shape):
-        target = target.view(piece.blocks, -1, *target.shape[1:])
-    return target[:, piece.start : piece.stop]
-
-
-def _fill(target: Tensor, piece: Piece, checkpoint: Checkpoint, progress: Counted) -> int:
-    """Read one piece into its rows; in another form, or packed, a matrix at a time beside them.
-    Returns how many values of what was packed are not finite."""
-    rows = _rows(target, piece)
-    if piece.packed is not None:
-        blocks = enumerate(rows) if piece.blocks else [(None, rows)]
-        return sum(_expand(piece, out, block, checkpoint, progress) for block, out in blocks)
-    if piece.form == forms.PLAIN:
-        checkpoint.read_torch(piece.source, out=rows, progress=progress)
-        return 0
-    dtype = "float32" if forms.FORMS[piece.form].minus else None
-    each = checkpoint.info(piece.source).shape[0] // piece.blocks if piece.blocks else 0
-    for block, out in enumerate(rows) if piece.blocks else [(None, rows)]:
-        part = None
-        if block is not None:
-            part = slice(block * each, (block + 1) * each)
-        stored = checkpoint.read_torch(piece.source, rows=part, dtype=dtype, progress=progress)
-        out.copy_(forms.apply(piece.form, stored, tuple(out.shape), piece.sizes))
-    return 0
-
-
-def _expand(
-    piece: Piece, out: Tensor, block: int | None, checkpoint: Checkpoint, progress: Counted
-) -> int:
-    """One packed matrix into `out`: some rows at a time, or whole where its form moves rows.
-    Returns how many of its values are not finite."""
-    import torch
-
-    assert piece.packed is not None
-    parts = reading.expanded(piece.packed, checkpoint, block, progress)
-    if piece.form != forms.PLAIN:
-        stored = np.concatenate([values for _, values in parts])
-        values = forms.apply(piece.form, stored, tuple(out.shape), piece.sizes)
-        parts = iter([(slice(None), values)])
-    wrong = 0
-    for rows, values in parts:
-        out[rows].copy_(torch.from_numpy(np.ascontiguousarray(values)))
-        if not np.isfinite(values.sum()):
-            wrong += values.size - int(np.count_nonzero(np.isfinite(values)))
-    return wrong
-
-
-def _non_finite(tensor: Tensor) -> int:
-    """How many values are NaN or infinite; in pieces, and counted only where a sum is not finite,
-    so that looking costs little time and less memory."""
-    rows = max(1, PIECE // max(1, tensor[:1].numel()))
-    parts = (tensor[at : at + rows] for at in range(0, len(tensor), rows))
-    return sum(
-        int((~part.isfinite()).sum())
-        for part in parts
-        if not math.isfinite(part.float().sum().item())
-    )
 
 
 def _interpreter(found: Inspected, weights: dict[str, Any]) -> Interpreter:

@@ -1,7 +1,7 @@
 """Packed tensors made bit by bit, and the numbers they stand for, by loops over the definitions.
 
-An independent formulation: nothing here is shared with `moescope.engine.quantised`. Codes are
-random, so every code of a format occurs; scales are random and finite.
+An independent formulation: what makes them shares nothing with `moescope.engine.quantised`. Codes
+are random, so every code of a format occurs; scales are random and finite.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from moescope.engine import quantised
+from moescope.engine.header import TensorInfo
+from moescope.engine.quantised import numbers
+from moescope.engine.quantised.formats import FORMATS
 
 F32 = np.float32
 Made = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -392,3 +397,42 @@ FORMS: dict[str, Form] = {
         {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
     ),
 }
+
+
+# --- as a checkpoint has them ---------------------------------------------------------------------
+
+DTYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0", "bfloat16": "BF16"}
+
+
+def infos(tensors: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
+    """As the header of a file would have them."""
+    found = {}
+    for name, tensor in tensors.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        short = kind.replace("uint", "U").replace("int", "I").replace("float", "F")
+        dtype = DTYPES.get(kind, short)
+        found[name] = TensorInfo(name, dtype, tuple(tensor.shape), 0, "x.safetensors", 0)
+    return found
+
+
+def made(form: Form, rows: int, columns: int, seed: int = 0) -> tuple[dict[str, Any], torch.Tensor]:
+    """The tensors of module `m`, and their numbers."""
+    tensors, values = form.make(np.random.default_rng(seed), rows, columns)
+    return {f"m{suffix}": tensor for suffix, tensor in tensors.items()}, values
+
+
+def expanded(form: Form, tensors: dict[str, torch.Tensor]) -> np.ndarray[Any, Any]:
+    held = quantised.held({form.key: form.config}, infos(tensors))
+    assert len(held) == 1, sorted(held)
+    (packed,) = (entry.readings[0] for entry in held.values())
+    assert packed.format == form.format
+    arrays = {
+        role: numbers.decode(
+            infos(tensors)[name].dtype,
+            tensors[name].contiguous().view(torch.uint8).numpy().tobytes(),
+            tuple(tensors[name].shape),
+        )
+        for role, name in packed.tensors
+        if FORMATS[packed.format].roles[role].read
+    }
+    return quantised.expand(packed, arrays)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moescope.engine import devices, load
+from moescope.engine import devices, load, torch_weights
 from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.describe import describe
 from moescope.engine.load import inspect, load_model
@@ -159,7 +159,7 @@ def test_nan_that_a_softmax_would_swallow_is_told(
         model__layers__0__self_attn__q_proj__weight=query,
         model__embed_tokens__weight=embed,
     )
-    monkeypatch.setattr(load, "PIECE", 1000)
+    monkeypatch.setattr(torch_weights, "PIECE", 1000)
     told = [
         "embed.weight holds 64 values that are not finite",
         "layer 0: attention.qkv.weight holds 128 values that are not finite",

@@ -1,0 +1,169 @@
+"""Checkpoints with packed weights: every tensor of ours, as though they were not packed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moescope.engine import load, quantised, torch_weights
+from moescope.engine.checkpoint import Checkpoint
+from moescope.engine.protocol import LoadRequest
+from moescope.engine.quantised import reading
+from tests.engine.packing import FORMS, Form, made
+from tests.tiny import tiny_checkpoint
+
+_SHAPE = {
+    "hidden_size": 128,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+
+
+def read(folder: Path) -> tuple[dict[str, torch.Tensor], list[str], load.Inspected]:
+    found = load.inspect(LoadRequest(str(folder), device="cpu", dtype="float32"))
+    try:
+        weights, notes = torch_weights.read(found, lambda event: None)
+    finally:
+        found.checkpoint.close()
+    return weights, notes, found
+
+
+def pack(folder: Path, form: Form, wanted: str = "proj.weight") -> dict[str, torch.Tensor]:
+    """Replace every matrix whose name holds `wanted` by a packed one of random codes; returns all
+    tensors as an unpacked checkpoint would have them."""
+    path = folder / "model.safetensors"
+    held, plain = load_file(path), {}
+    for number, name in enumerate(sorted(held)):
+        plain[name] = held[name]
+        if wanted in name:
+            tensors, values = form.make(np.random.default_rng(number), *held[name].shape)
+            module = name.removesuffix(".weight")
+            del held[name]
+            held |= {f"{module}{suffix}": tensor for suffix, tensor in tensors.items()}
+            plain[name] = values
+    save_file(held, path)
+    edit(folder, **{form.key: form.config})
+    return plain
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_packed_checkpoint_is_the_one_it_stands_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor of ours, bit for bit; read and expanded in several pieces."""
+    monkeypatch.setattr(reading, "READ", 4096)
+    monkeypatch.setattr(reading, "EXPAND", 1000)
+    folder = tiny_checkpoint("qwen3_moe", tmp_path, **_SHAPE)
+    plain = pack(folder, FORMS[name])
+    found, notes, inspected = read(folder)
+    assert notes == [] and not inspected.plan.unexpected
+    save_file(plain, folder / "model.safetensors")
+    edit(folder, **{FORMS[name].key: None})
+    expected, _, _ = read(folder)
+    assert found.keys() == expected.keys()
+    for target, tensor in expected.items():
+        assert torch.equal(found[target], tensor), target
+
+
+def test_reading_and_expanding_in_pieces_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, values = made(FORMS["fp8-ue8m0-32"], 150, 96)
+    (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    save_file(tensors, tmp_path / "model.safetensors")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        form = FORMS["fp8-ue8m0-32"]
+        (held,) = quantised.held({form.key: form.config}, checkpoint.tensors).values()
+        for read_at, expand_at in (
+            (1 << 24, 1 << 20),
+            (9000, 1 << 20),
+            (1 << 24, 100),
+            (9000, 100),
+        ):
+            monkeypatch.setattr(reading, "READ", read_at)
+            monkeypatch.setattr(reading, "EXPAND", expand_at)
+            counted: list[int] = []
+            parts = list(reading.expanded(held.readings[0], checkpoint, None, counted.append))
+            assert [part.start for part, _ in parts] == [0, *(p.stop for p, _ in parts[:-1])]
+            assert len(parts) > 1 or read_at + expand_at > 1 << 24
+            np.testing.assert_array_equal(np.concatenate([v for _, v in parts]), values.numpy())
+            assert sum(counted) == sum(info.nbytes for info in checkpoint.tensors.values())
+
+
+def stacked(folder: Path, form: Form, gate: Form) -> dict[str, torch.Tensor]:
+    """An mlx-lm checkpoint with packed experts, and a router packed in a way of its own."""
+    path = folder / "model.safetensors"
+    held = load_file(path)
+    plain = dict(held)
+    for number, name in enumerate(sorted(held)):
+        module = name.removesuffix(".weight")
+        if "switch_mlp" in name:
+            all_made = [
+                form.make(np.random.default_rng([number, expert]), *matrix.shape)
+                for expert, matrix in enumerate(held.pop(name))
+            ]
+            for suffix in all_made[0][0]:
+                parts = [tensors[suffix] for tensors, _ in all_made]
+                held[module + suffix] = torch.stack(parts)
+            plain[name] = torch.stack([values for _, values in all_made])
+        elif name.endswith(".gate.weight"):
+            tensors, plain[name] = gate.make(np.random.default_rng(number), *held.pop(name).shape)
+            held |= {module + suffix: tensor for suffix, tensor in tensors.items()}
+    save_file(held, path)
+    return plain
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_mlx_checkpoints_with_paths_of_their_own(tmp_path: Path, listed: bool) -> None:
+    """Routers of 8 bits in a model of 4, named in the config, or told by their shapes."""
+    folder = tiny_checkpoint("qwen3_moe", tmp_path, layout="mlx", **_SHAPE)
+    plain = stacked(folder, FORMS["mlx-4-bit-g32"], FORMS["mlx-8-bit-g64"])
+    quantization: dict[str, Any] = {"group_size": 32, "bits": 4}
+    if listed:
+        quantization["model.layers.0.mlp.gate"] = {"group_size": 64, "bits": 8}
+        quantization["model.embed_tokens"] = False
+        quantization["lm_head"] = False
+    edit(folder, quantization=quantization, quantization_config=quantization)
+    found, _, inspected = read(folder)
+    packed = {
+        placement.target: piece.packed
+        for placement in inspected.plan.placements
+        for piece in placement.pieces
+    }
+    gate, experts = packed["layers.0.mlp.gate.weight"], packed["layers.0.mlp.experts.down"]
+    assert gate is not None and (gate.bits, gate.group_size) == (8, 64)
+    assert experts is not None and (experts.bits, experts.group_size) == (4, 32)
+    save_file(plain, folder / "model.safetensors")
+    edit(folder, quantization=None, quantization_config=None)
+    expected, _, _ = read(folder)
+    assert all(torch.equal(found[target], tensor) for target, tensor in expected.items())
+
+
+def test_scales_that_are_not_finite_are_told(tmp_path: Path) -> None:
+    """Of experts too: one scale is many values."""
+    folder = tiny_checkpoint("qwen3_moe", tmp_path, **_SHAPE)
+    pack(folder, FORMS["mxfp4-packed"])
+    held = load_file(folder / "model.safetensors")
+    for name in ("mlp.experts.1.down_proj", "self_attn.q_proj"):
+        held[f"model.layers.0.{name}.weight_scale"][3, 1] = 255
+    save_file(held, folder / "model.safetensors")
+    assert read(folder)[1] == [
+        "layer 0: attention.qkv.weight holds 32 values that are not finite",
+        "layer 0: mlp.experts.down holds 32 values that are not finite",
+    ]
