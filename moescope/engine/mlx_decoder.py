@@ -20,7 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.engine import mlx_operators as ops
-from moescope.engine.decoder import RESIDUAL, Branch, DecoderSpec, MoE, Rope, RoutedAttention
+from moescope.engine.decoder import (
+    RESIDUAL,
+    Branch,
+    DecoderSpec,
+    MoE,
+    Rope,
+    RoutedAttention,
+    rotary_embeddings,
+)
 from moescope.engine.interpreter import Draw, Router, StepOutput
 from moescope.engine.mlx_limits import refuse_unsupported
 from moescope.engine.mlx_operators import record as records
@@ -91,7 +99,7 @@ class MLXDecoder:
         self._ropes = {
             id(rope): rope
             for _, branch in spec.operators()
-            if (rope := getattr(branch.operator, "rope", None)) is not None
+            for rope in rotary_embeddings(branch.operator)
         }
         self._tables: dict[int, tuple[mx.array, mx.array]] = {}  # by the id of a rope
         self._states: States = [[] for _ in self._operators]
@@ -133,12 +141,10 @@ class MLXDecoder:
         if (lanes, capacity) == (self._lanes, self._capacity):
             return
         try:
+            held = [run.state(lanes, capacity) for run in self._operators]
             self._states = [
-                [
-                    _grown(old, held)
-                    for old, held in zip(olds or [None] * len(wanted), wanted, strict=True)
-                ]
-                for olds, wanted in zip(self._states, self._held(lanes, capacity), strict=True)
+                [_grown(old[place : place + 1], kind) for place, kind in enumerate(kinds)]
+                for old, kinds in zip(self._states, held, strict=True)
             ]
             mx.eval(self._states)
         except (RuntimeError, MemoryError) as error:
@@ -155,9 +161,6 @@ class MLXDecoder:
         self._steps.clear()
         self._policies.open(lanes)
         self._in_force.clear()
-
-    def _held(self, lanes: int, capacity: int) -> list[Sequence[ops.Held]]:
-        return [run.state(lanes, capacity) for run in self._operators]
 
     def _table(self, rope: Rope, capacity: int) -> tuple[mx.array, mx.array]:
         dtype = mx.float32 if rope.applies == "float32" else ops.DTYPES[self.dtype]
@@ -219,7 +222,7 @@ class MLXDecoder:
 
     def cache_bytes(self, lanes: int, capacity: int) -> int:
         """Bytes of state `open` would allocate."""
-        return sum(held.nbytes for wanted in self._held(lanes, capacity) for held in wanted)
+        return sum(held.nbytes for run in self._operators for held in run.state(lanes, capacity))
 
     # --- running ----------------------------------------------------------------------------
 
@@ -329,7 +332,8 @@ class MLXDecoder:
         x = self._embed.take(ids)  # [R, H]
         if spec.embedding_scale != 1.0:
             x = x * mx.array(spec.embedding_scale, x.dtype)
-        taps, after = {RESIDUAL: x}, []
+        taps = {RESIDUAL: x}
+        after: States = []
         for stage in self._stages:
             taps = _run_layer(stage, taps, call, spec.carried, state, after)
         x = taps[RESIDUAL]
@@ -400,18 +404,18 @@ def _run_layer(
         if branch.multiplier != 1.0:
             y = y * branch.multiplier
         held = taps.get(branch.adds_to)
+        if held is not None and branch.keeps != 1.0:
+            held = held * branch.keeps
         taps[branch.adds_to] = y if held is None else held + y
     if stage.scale is not None:
         taps[RESIDUAL] = taps[RESIDUAL] * stage.scale
     return {name: value for name, value in taps.items() if name in (RESIDUAL, *carried)}
 
 
-def _grown(old: mx.array | None, held: ops.Held) -> mx.array:
+def _grown(old: list[mx.array], held: ops.Held) -> mx.array:
     """Zeros of the wanted shape, holding what there was."""
     new = mx.zeros(held.shape, held.dtype)
-    if old is None:
-        return new
-    return mx.slice_update(new, old, mx.array([0]), (0,))
+    return mx.slice_update(new, old[0], mx.array([0]), (0,)) if old else new
 
 
 def _bucket(needed: int, capacity: int) -> int:

@@ -60,7 +60,7 @@ _VALUES: dict[type, dict[str, tuple[Any, ...]]] = {
 
 def _only(kind: type, honoured: str) -> dict[str, tuple[Any, ...]]:
     names = honoured.split()
-    others = {f.name: () for f in fields(kind) if f.name not in names}  # type: ignore[arg-type]
+    others = {f.name: () for f in fields(kind) if f.name not in names}
     return {**others, **_VALUES.get(kind, {})}
 
 

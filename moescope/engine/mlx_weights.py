@@ -232,9 +232,6 @@ def _expand(
 
 def _fill(rows: Array, piece: Piece, checkpoint: Checkpoint, dtype: str, report: Reporter) -> None:
     """Read a piece into its rows, one expert's at a time, or as many rows as a chunk has."""
-    if piece.packed is not None:
-        _expand(rows, piece, checkpoint, dtype, report)
-        return
     info = checkpoint.info(piece.source)
     for out, part in _parts(rows, piece, info.shape, info.row_bytes):
         data = checkpoint.read_bytes(piece.source, part)
@@ -247,21 +244,6 @@ def _fill(rows: Array, piece: Piece, checkpoint: Checkpoint, dtype: str, report:
             stored = numbers.decode(info.dtype, data, shape)
             out[...] = _as(forms.apply(piece.form, stored, out.shape, piece.sizes), DTYPES[dtype])
         report(len(data))
-
-
-def _expand(
-    rows: Array, piece: Piece, checkpoint: Checkpoint, dtype: str, report: Reporter
-) -> None:
-    """The numbers of a packed piece into its rows, one matrix at a time."""
-    assert piece.packed is not None
-    for block, out in enumerate(rows) if piece.blocks else [(None, rows)]:
-        parts = reading.expanded(piece.packed, checkpoint, block, report)
-        if piece.form == forms.PLAIN:
-            for part, values in parts:
-                out[part] = _as(values, dtype)
-            continue
-        stored = np.concatenate([values for _, values in parts])
-        out[...] = _as(forms.apply(piece.form, stored, out.shape, piece.sizes), DTYPES[dtype])
 
 
 def _parts(
@@ -299,4 +281,4 @@ def _non_finite(tensor: Stored) -> int:
 
 
 def _not_finite(array: mx.array) -> int:
-    return int(mx.sum(~mx.isfinite(array)).item())
+    return int(np.count_nonzero(~np.array(mx.isfinite(array))))

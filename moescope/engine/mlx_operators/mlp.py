@@ -35,6 +35,11 @@ def _relu2(x: mx.array) -> mx.array:
     return mx.square(mx.maximum(x, 0))
 
 
+def _swish(alpha: float) -> Activate:
+    """gate * sigmoid(alpha * gate), every step rounded (gpt-oss)."""
+    return lambda gate: gate * mx.sigmoid(gate * alpha)
+
+
 ACTIVATIONS: dict[str, Activate] = {
     "silu": silu,
     "gelu": _gelu,
@@ -45,16 +50,12 @@ ACTIVATIONS: dict[str, Activate] = {
 
 def make_activation(spec: MLP | Experts) -> Activate:
     """gate_up [.., 2I] (gate first; [.., I] without a gate) -> [.., I]."""
-    if spec.activation == "swiglu_oai":
-        alpha = getattr(spec, "alpha", 1.0)
-
-        def function(gate: mx.array) -> mx.array:
-            return gate * mx.sigmoid(gate * alpha)
-    else:
-        function = ACTIVATIONS[spec.activation]
+    function = (
+        _swish(spec.alpha) if spec.activation == "swiglu_oai" else ACTIVATIONS[spec.activation]
+    )
     if not spec.glu:
         return function
-    limit, before, shift = spec.limit, spec.limit_site == "before", getattr(spec, "up_shift", 0.0)
+    limit, before, shift = spec.limit, spec.limit_site == "before", spec.up_shift
 
     def gated(gate_up: mx.array) -> mx.array:
         gate, up = mx.split(gate_up, 2, -1)

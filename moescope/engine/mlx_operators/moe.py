@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import mlx.core as mx
 
@@ -29,14 +28,12 @@ class MLXRouter:
         self.dtype = DTYPES[wiring.router_dtype]
         self.gates: dict[int, Matrix] = {0: matrix(weights[f"{path}.gate.weight"])}
         self.bias = self._vector(weights, f"{path}.gate.bias", wiring.gate_bias)
-        self.learned = {
-            "correction_bias": self._vector(
-                weights, f"{path}.gate.correction_bias", policy.correction_bias != "none"
-            ),
-            "per_expert_scale": self._vector(
-                weights, f"{path}.gate.per_expert_scale", policy.per_expert_scale
-            ),
-        }
+        self.correction_bias = self._vector(
+            weights, f"{path}.gate.correction_bias", policy.correction_bias != "none"
+        )
+        self.per_expert_scale = self._vector(
+            weights, f"{path}.gate.per_expert_scale", policy.per_expert_scale
+        )
         self.seen = _INPUTS[wiring.router_input](spec, weights, path)
 
     @staticmethod
@@ -62,13 +59,18 @@ class MLXRouter:
         R, P, width = rows.shape
         made = {bits: self._gate(bits)(x, self.bias) for bits in static.gate_bits}  # [R, E] each
         logits = made[static.gate_bits[0]]
-        route = partial(
-            route_mlx,
-            K_max=static.recorded[self.index],
-            keep_logits=static.keep_logits,
-            fields=static.fields,
-            **self.learned,
-        )
+
+        def route(logits: mx.array, rows: mx.array) -> Routing:
+            return route_mlx(
+                logits,
+                rows,
+                static.recorded[self.index],
+                correction_bias=self.correction_bias,
+                per_expert_scale=self.per_expert_scale,
+                keep_logits=static.keep_logits,
+                fields=static.fields,
+            )
+
         if len(made) == 1:
             return route(logits, rows)
         for bits in static.gate_bits[1:]:

@@ -95,7 +95,10 @@ def output(
     return StepOutput(
         logits=np.array(logits.astype(mx.float32)),
         expert_ids=own(integers, slice(1, 1 + picks), np.int16),
-        **{name: own(floats, place, np.float32) for place, name in enumerate(SUMS)},
+        score_sum=own(floats, 0, np.float32),
+        mass=own(floats, 1, np.float32),
+        entropy=own(floats, 2, np.float32),
+        margin=own(floats, 3, np.float32),
         runner_up=own(integers, 0, np.int16),
         weights=own(floats, slice(4, 4 + picks), np.float32) if wanted else None,
         scores=own(floats, slice(4 + K, 4 + K + picks), np.float32) if wanted else None,

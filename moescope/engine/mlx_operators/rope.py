@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from moescope.engine.decoder import Rope, RopeScaling
 
 F32 = NDArray[np.float32]
+Found = tuple[NDArray[Any], float]
 
 
 def rotary_table(rope: Rope, positions: int) -> tuple[F32, F32]:
@@ -54,8 +56,9 @@ def _table(rope: Rope, positions: int, long: bool) -> tuple[F32, F32]:
 def frequencies(rope: Rope, *, long: bool = False) -> tuple[F32, float]:
     """Inverse frequencies [dims / 2] and what multiplies cos and sin."""
     powers = _powers(rope.theta, rope.dims)
+    inverse: NDArray[Any]
     if rope.scaling is None:
-        return 1 / powers, 1.0
+        return np.float32(1) / powers, 1.0
     inverse, factor = _SCALINGS[rope.scaling.kind](rope, rope.scaling, powers, long)
     return inverse.astype(np.float32), factor
 
@@ -66,11 +69,11 @@ def _powers(base: float, dims: int) -> F32:
     return powers
 
 
-def _linear(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> tuple[F32, float]:
+def _linear(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> Found:
     return 1 / powers / np.float32(s.factor), 1.0
 
 
-def _yarn(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> tuple[F32, float]:
+def _yarn(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> Found:
     """arXiv 2309.00071, section 3.2."""
 
     def correction(rotations: float) -> float:
@@ -88,7 +91,7 @@ def _yarn(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> tuple[F32, flo
     return stretched * (1 - keeps) + 1 / powers * keeps, s.attention_factor
 
 
-def _llama3(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> tuple[F32, float]:
+def _llama3(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> Found:
     """Long waves are stretched by the factor, short ones kept, others blended (Llama 3.1)."""
     inverse = 1 / powers
     wave = np.float32(2 * math.pi) / inverse
@@ -102,7 +105,7 @@ def _llama3(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> tuple[F32, f
     return np.where(is_long | is_short, scaled, mixed), s.attention_factor
 
 
-def _longrope(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> tuple[F32, float]:
+def _longrope(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> Found:
     """arXiv 2402.13753: a factor for every frequency, one list up to the original context and one
     beyond."""
     factors = np.array(s.long_factor if long else s.short_factor, dtype=np.float32)
@@ -110,19 +113,19 @@ def _longrope(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> tuple[F32,
     return 1 / (factors * powers), scale
 
 
-def _proportional(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> tuple[F32, float]:
+def _proportional(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> Found:
     """Frequencies as of the whole head, of which only the first are turned (Gemma 4)."""
     inverse = 1 / powers / np.float32(s.factor)
     inverse[s.rotated_dims // 2 :] = 0.0
     return inverse, 1.0
 
 
-def _alpha(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> tuple[F32, float]:
+def _alpha(rope: Rope, s: RopeScaling, powers: F32, long: bool) -> Found:
     """NTK scaling by a fixed alpha, which stretches the base (Hunyuan)."""
     return 1 / _powers(rope.theta * s.factor ** (rope.dims / (rope.dims - 2)), rope.dims), 1.0
 
 
-_SCALINGS: dict[str, Callable[[Rope, RopeScaling, F32, bool], tuple[F32, float]]] = {
+_SCALINGS: dict[str, Callable[[Rope, RopeScaling, F32, bool], Found]] = {
     "linear": _linear,
     "yarn": _yarn,
     "llama3": _llama3,
