@@ -8,7 +8,7 @@ how many earlier tokens a query sees beside itself, and by `hybrid_layer_pattern
 from __future__ import annotations
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import Attention, DecoderSpec
+from moescope.engine.decoder import Attention, DecoderSpec, Rope
 from moescope.engine.families import biased, common, ropes
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES, Names
@@ -95,7 +95,7 @@ def _window(config: Fields) -> int:
     return config.int("sliding_window", 1, 1 << 30, 129) if size is None else size + 1
 
 
-def _rope(config: Fields, sizes: common.Sizes, kind: str) -> common.Rope:
+def _rope(config: Fields, sizes: common.Sizes, kind: str) -> Rope:
     source = ropes.rope_of_type(config, kind)
     if source is None and kind == SLIDING:
         source = Fields({"rope_theta": config.float("swa_rope_theta", 1.0, 1e15, THETA[kind])})
