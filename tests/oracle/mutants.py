@@ -7,14 +7,14 @@ make it fail wherever it applies. `FLIPS` is the table; lineages add mutants of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any
 
 from moescope.engine import decoder
-from moescope.engine.decoder import Attention, DecoderSpec, MoE, RoutedAttention
+from moescope.engine.decoder import Attention, Branch, DecoderSpec, MoE, RoutedAttention
 from moescope.kernels import spec as router_spec
 from moescope.kernels.algebra import canonical
-from tests.families.kit import Edit, Mutant, on_attention, on_moe, on_operators
+from tests.families.kit import Edit, Mutant, on_attention, on_branches, on_moe, on_operators
 
 Turn = Callable[[Any], Any]
 
@@ -56,7 +56,6 @@ FLIPS: dict[str, dict[str, Turn]] = {
     "Rope.theta": {"larger": lambda theta: theta * 3.1},
     "Rope.style": {"half": _to("half")},
     "Rope.scaling": {"none": _to(None)},
-    "Rope.dims": {"half of them": lambda dims: dims // 2 if dims % 4 == 0 else dims},
     "RopeScaling.factor": {"smaller": lambda factor: factor * 0.75},
     "RopeScaling.original_context": {"four times": lambda context: context * 4},
     "RopeScaling.attention_factor": {"one": _to(1.0)},
@@ -90,6 +89,7 @@ FLIPS: dict[str, dict[str, Turn]] = {
     "Attention.gate": {
         "another": _other(
             sigmoid="none",
+            softplus="sigmoid",
             sigmoid_per_head="softplus_per_head",
             softplus_per_head="sigmoid_per_head",
         )
@@ -234,6 +234,13 @@ def set_fields(value: Any) -> set[str]:
     return found
 
 
+def matters(name: str, spec: DecoderSpec) -> bool:
+    """Whether a field's default would be another spec, and not the same in other words."""
+    kind, _, field = name.partition(".")
+    default = next(f.default for f in fields(_CLASSES[kind]) if f.name == field)
+    return default is MISSING or changes(Mutant(name, turned(name, _to(default))), spec, wrong=True)
+
+
 def turned(name: str, turn: Turn) -> Edit:
     """A field turned wherever it is off its default (or has none)."""
     kind, _, field = name.partition(".")
@@ -298,6 +305,15 @@ def _rope_everywhere(spec: DecoderSpec) -> DecoderSpec:
     return on_attention(lambda a: replace(a, rope=a.rope or first))(spec)
 
 
+def _half_the_dims(branch: Branch) -> Branch:
+    rope = getattr(branch.operator, "rope", None)
+    if rope is None or rope.dims % 4 or (rope.scaling and rope.scaling.kind in _OF_ALL_DIMS):
+        return branch
+    wrong = replace(rope, dims=rope.dims // 2)
+    return replace(branch, operator=replace(branch.operator, rope=wrong))
+
+
+_OF_ALL_DIMS = ("longrope", "proportional")
 # Applied to every case that they change; `fields` do not have to be off their default.
 _ALWAYS: tuple[tuple[str, Edit, tuple[str, ...]], ...] = (
     ("norm_topk_prob", on_moe(_flip_norm), ("RouterPolicy.norm_topk_prob",)),
@@ -307,6 +323,7 @@ _ALWAYS: tuple[tuple[str, Edit, tuple[str, ...]], ...] = (
     ("no groups", on_moe(_ungrouped), ("RouterPolicy.n_group", "RouterPolicy.topk_group")),
     ("window of layer 0", _window_in_layer_0, ()),
     ("rope in every layer", _rope_everywhere, ()),
+    ("half of the dims of a rope", on_branches(_half_the_dims), ("Rope.dims",)),
 )
 ALWAYS = tuple(Mutant(name, edit, fields) for name, edit, fields in _ALWAYS)
 SETS = tuple(
@@ -331,12 +348,13 @@ def of_case(
             yield mutant
 
 
-def changes(mutant: Mutant, spec: DecoderSpec) -> bool:
-    """Whether the wrong spec is one, and not the same in other words."""
+def changes(mutant: Mutant, spec: DecoderSpec, *, wrong: bool = False) -> bool:
+    """Whether the wrong spec is one, and not the same in other words; `wrong` if it is none, for
+    its fields exclude each other."""
     try:
         return _plain(mutant.edit(spec)) != _plain(spec)
-    except ValueError:  # fields that exclude each other: this way it cannot be wrong
-        return False
+    except ValueError:
+        return wrong
 
 
 def _plain(spec: DecoderSpec) -> DecoderSpec:

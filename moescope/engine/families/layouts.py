@@ -57,6 +57,13 @@ _PROJ = ("gate_proj", "up_proj", "down_proj")
 
 HUB = _each("hub, one tensor per expert", "experts.{e}", *_PROJ)
 
+TRANSPOSED = ExpertLayout(
+    "fused experts, transposed",
+    gate_up=In("experts.gate_up_proj", "transposed"),
+    down=In("experts.down_proj", "transposed"),
+)
+MLX_BARE = _each("mlx-lm, stacked experts", "experts", *_PROJ)
+
 LAYOUTS: tuple[ExpertLayout, ...] = (
     HUB,
     _each("hub, one tensor per expert (w1, w2, w3)", "experts.{e}", "w1", "w3", "w2"),
@@ -70,11 +77,7 @@ LAYOUTS: tuple[ExpertLayout, ...] = (
         up="experts.up_proj",
         down="experts.down_proj",
     ),
-    ExpertLayout(
-        "fused experts, transposed",
-        gate_up=In("experts.gate_up_proj", "transposed"),
-        down=In("experts.down_proj", "transposed"),
-    ),
+    TRANSPOSED,
     ExpertLayout(
         "fused experts (input_linear)",
         gate_up="input_linear.weight",
@@ -93,7 +96,7 @@ LAYOUTS: tuple[ExpertLayout, ...] = (
         out="experts.output_linear.weight",
     ),
     _each("mlx-lm, stacked experts", "switch_mlp", *_PROJ),
-    _each("mlx-lm, stacked experts", "experts", *_PROJ),
+    MLX_BARE,
     _each("mlx-lm, stacked experts", "experts.switch_glu", *_PROJ),
     _each("mlx-lm, stacked experts", "switch_mlp", "", "fc1", "fc2"),
 )
@@ -110,7 +113,7 @@ GPT_OSS: tuple[ExpertLayout, ...] = (
         gate_up=In("experts.gate_up_proj", "transposed interleaved"),
         down=In("experts.down_proj", "transposed"),
     ),
-    _each("mlx-lm, stacked experts", "experts", *_PROJ),
+    MLX_BARE,
 )
 
 # What only mlx-lm writes; families whose norms hold w and not 1 + w must know.

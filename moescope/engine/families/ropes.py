@@ -141,8 +141,8 @@ def _yarn_attention_factor(source: Fields, factor: float) -> float:
 def _llama3(source: Fields, context: int, original: int, dims: int) -> RopeScaling:
     low = source.float("low_freq_factor", 1e-3, 1e6)
     high = source.float("high_freq_factor", 1e-3, 1e6)
-    if high <= low:
-        raise source.error("high_freq_factor", f"more than low_freq_factor {low:g}")
+    if high < low:
+        raise source.error("high_freq_factor", f"at least low_freq_factor {low:g}")
     return RopeScaling(
         "llama3",
         source.float("factor", 1e-3, 1e6),

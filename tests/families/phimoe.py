@@ -1,0 +1,61 @@
+"""Phi-3.5-MoE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.families.kit import Case
+
+_SHORT = [1.0, 1.1, 1.3, 1.6, 1.9, 2.5, 3.1, 4.0]
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": _SHORT,
+    "long_factor": [2 * factor for factor in _SHORT],
+    "short_mscale": 1.2,
+    "long_mscale": 1.4,
+    "original_max_position_embeddings": 250,
+}
+TINY: dict[str, dict[str, Any]] = {
+    "phimoe": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.2,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "rope_parameters": _LONGROPE,
+        "original_max_position_embeddings": 250,
+    }
+}
+CASES = (
+    Case("phimoe", "released", 1),
+    Case(
+        "phimoe",
+        "long-window",
+        6,
+        {
+            "router_jitter_noise": 0.05,
+            "attention_bias": False,
+            "lm_head_bias": False,
+            "sliding_window": 6,
+            # transformers keeps the short factors there, so both are the same
+            "rope_parameters": {
+                **_LONGROPE,
+                "long_factor": _SHORT,
+                "original_max_position_embeddings": 4,
+            },
+            "original_max_position_embeddings": 4,
+        },
+    ),
+)
+EXEMPT = {
+    ("phimoe", "RouterPolicy.num_experts_per_tok"): "SparseMixer picks two",
+    ("phimoe-released", "RopeScaling.long_factor"): "of lanes that are longer than these",
+    ("phimoe-released", "RopeScaling.long_mscale"): "of lanes that are longer than these",
+    ("phimoe-long-window", "RopeScaling.short_factor"): "of lanes that are shorter than these",
+    ("phimoe-long-window", "RopeScaling.short_mscale"): "of lanes that are shorter than these",
+    ("phimoe", "RopeScaling.attention_factor"): "both mscales are given",
+    ("phimoe", "RopeScaling.factor"): "only the usual attention factor depends on it",
+    ("phimoe", "RopeScaling.kind"): "other kinds have no factor for every frequency",
+    ("phimoe", "RopeScaling.original_context"): "lanes stay on one side of it",
+}
