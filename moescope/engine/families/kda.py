@@ -33,12 +33,15 @@ def _values(a: LinearAttention) -> int:
     return a.value_heads * a.value_dim
 
 
-_CONVS = Stack(
-    tuple(
-        (In(f"..{name}_conv1d.weight", "squeezed", "conv last"), rows)
-        for name, rows in (("q", _keys), ("k", _keys), ("v", _values))
+def _convs(place: str) -> Stack:
+    return Stack(
+        tuple(
+            (In(place.format(name), "squeezed", "conv last"), rows)
+            for name, rows in (("q", _keys), ("k", _keys), ("v", _values))
+        )
     )
-)
+
+
 NAMES: Names = {
     **PRE_NORM_NAMES,
     "embed": ("model.embed_tokens", "model.word_embeddings"),
@@ -46,7 +49,11 @@ NAMES: Names = {
     "layers.{n}.attention.gate_proj": ".g_proj",
     "layers.{n}.delta": (".self_attn", ".attention"),
     "layers.{n}.delta.pre_norm": "..input_layernorm",
-    "layers.{n}.delta.conv.weight": (In("..conv1d.weight", "squeezed", "conv last"), _CONVS),
+    "layers.{n}.delta.conv.weight": (
+        In("..conv1d.weight", "squeezed", "conv last"),
+        _convs("..{}_conv1d.weight"),
+        _convs("..{}_conv.conv.weight"),  # as mlx-lm has it
+    ),
     "layers.{n}.delta.forget_a": (".f_a_proj", ".forget_gate.f_a_proj"),
     "layers.{n}.delta.forget_b": (
         *(".f_b_proj", ".forget_gate.f_b_proj"),

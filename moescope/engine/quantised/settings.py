@@ -58,7 +58,7 @@ _MLX_USUAL = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4
 
 def _mlx(block: Fields) -> Scheme:
     """`{"group_size", "bits", "mode", "<module>": {..} | true | false}`."""
-    whole = _mlx_pair(block, None)
+    whole = _mlx_pair(block)
     rules, plain = [], []
     for path, value in block.values.items():
         if path in _MLX_KEYS:
@@ -68,7 +68,7 @@ def _mlx(block: Fields) -> Scheme:
         elif isinstance(value, Mapping):
             inner = Fields(value, block.file, f"{block.prefix}{path}.")
             expect_known(inner, "mode bits group_size global_scale")
-            rules.append(_mlx_rule(_mlx_pair(inner, whole), path))
+            rules.append(_mlx_rule(_mlx_pair(inner), path))
         elif value is not True:
             raise block.error(path, "an object, true or false")
     # A path that is not listed is read by its shapes: mlx-lm infers what the config leaves open.
@@ -77,10 +77,11 @@ def _mlx(block: Fields) -> Scheme:
     return Scheme("mlx", tuple(rules), tuple(plain), f"{block.file}: {block.prefix.rstrip('.')}")
 
 
-def _mlx_pair(block: Fields, whole: tuple[str, int, int] | None) -> tuple[str, int, int]:
-    """(mode, bits, group size); what is not said is as it is in `whole`, or usual for the mode."""
-    mode = block.str("mode", tuple(mlx.PAIRS), default=whole[0] if whole else "affine")
-    usual = whole[1:] if whole is not None and whole[0] == mode else _MLX_USUAL[mode]
+def _mlx_pair(block: Fields) -> tuple[str, int, int]:
+    """(mode, bits, group size). What one path leaves out is as usual for its mode, and not as it is
+    for the others: so mlx reads its own."""
+    mode = block.str("mode", tuple(mlx.PAIRS), default="affine")
+    usual = _MLX_USUAL[mode]
     bits = block.int("bits", 1, 8, usual[0])
     size = block.int("group_size", 1, 1024, usual[1])
     allowed = mlx.PAIRS[mode]
