@@ -229,7 +229,7 @@ def test_a_recording_that_stopped_is_an_exit_code(capsys, model, tmp_path, monke
     def full(*_: object) -> None:
         raise MoescopeError("run.moetrace: disk full", code=ExitCode.OUTPUT)
 
-    monkeypatch.setattr(TraceWriter, "append", full)
+    monkeypatch.setattr(TraceWriter, "extend", full)
     for verb in (("trace",), ("compare", "--variant", "softmax_over_selected")):
         options = ("--prompt", "Hi", "--max-new-tokens", "3", "-o", str(tmp_path / verb[0]))
         code, out, err = run(capsys, verb[0], model, *verb[1:], *options)

@@ -1,32 +1,50 @@
-"""Run router variants side by side on the same weights: where they part, and how far they agree.
+"""Run router variants side by side on the same weights, or two checkpoints: where they part, how
+far they agree, and whether the gate or its input made the difference.
 
-Each lane writes its own text; with --teacher-forced all lanes are fed what the first one writes, so
-that every difference is the router's own.
+Free, each lane writes its own text. With the same tokens (--teacher-forced: what lane A writes;
+--text: a file), every difference is the router's own.
 """
 
 from __future__ import annotations
 
 import argparse
-import textwrap
+from pathlib import Path
 from typing import Any
 
-from moescope.commands import options, running
-from moescope.errors import MoescopeError
+from moescope.commands import compared, options, running
+from moescope.errors import ExitCode, MoescopeError
 
-WIDTH = 92
+TEXT_BYTES = 4 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
+    parser.add_argument(
+        "model2",
+        metavar="MODEL2",
+        nargs="?",
+        help="another checkpoint with the same routers: lane B",
+    )
     parser.add_argument(
         "--variant",
         dest="variants",
         action="append",
         default=[],
         metavar="NAME",
-        help="a variant expression; give two to eight (one is compared with trained)",
+        help="a variant expression; two to eight (one: beside trained); of MODEL2, the second",
     )
     parser.add_argument("--teacher-forced", action="store_true", help="feed all what A writes")
+    parser.add_argument("--text", metavar="FILE", type=Path, help="feed all this text; no prompt")
+    parser.add_argument(
+        "--tokens",
+        type=options.positive,
+        default=512,
+        metavar="N",
+        help="of --text, the first N (default 512)",
+    )
+    parser.add_argument(
+        "--rows", action="store_true", help="with --json, every token and layer of the comparison"
+    )
     options.add_prompt(parser)
     options.add_sampling(parser)
     options.add_recording(parser)
@@ -34,85 +52,155 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moescope.diagnosis.compare_run import run_compare
-    from moescope.engine.protocol import MAX_LANES, Generate
-
-    variants = args.variants if len(args.variants) > 1 else ["trained", *args.variants]
-    if not 2 <= len(variants) <= MAX_LANES:
-        raise MoescopeError(f"--variant: expected two to {MAX_LANES}, found {len(variants)}")
-    request = Generate(**options.prompt_of(args), sampling=options.sampling_of(args))
+    _check(args)
     with running.signals():
-        loaded, model, tokenizer = running.load(args)
-        with running.recording(args, loaded, model, tokenizer) as writer:
-            outcome = run_compare(
-                model,
-                tokenizer,
-                variants,
-                request,
-                teacher_forced=args.teacher_forced,
-                writer=writer,
-                max_context=args.max_context,
-            )
+        outcome, names = _two_models(args) if args.model2 else _lanes(args)
+    how = _how(args)
     if args.json:
-        mode = "same tokens" if args.teacher_forced else "free"
-        options.print_json({"model": model.facts["name"], "mode": mode, **outcome.to_json()})
+        options.print_json({**names, **how, **outcome.to_json()})
     else:
-        _print(outcome, args.teacher_forced)
+        print("\n".join(compared.lines(outcome, how)))
     for message in (outcome.invalid, outcome.stopped):
         if message:
             running.talk(message)
     return running.ending(outcome.invalid, bool(outcome.stopped))
 
 
-def _print(outcome: Any, teacher_forced: bool) -> None:
-    for lane in outcome.lanes:
-        full = "  (the context is full: --max-context)" if lane.reason == "context" else ""
-        print(f"{_letter(lane.lane)}  {lane.variant}{full}")
-        text = options.plain(lane.text.strip("\n")) or f"ids {lane.token_ids}"
-        for line in text.splitlines():
-            print(textwrap.indent(textwrap.fill(line, WIDTH), "   "))
-    fed = "all lanes fed lane A's text" if teacher_forced else "each lane writes its own text"
-    for found in outcome.comparisons:
-        print(f"\n{_letter(found.lane_a)} and {_letter(found.lane_b)}: {fed}")
-        for label, value in _rows(found):
-            print(f"   {label:<34} {value}")
+def _check(args: argparse.Namespace) -> None:
+    from moescope.engine.protocol import MAX_LANES
+
+    if args.model2 and len(args.variants) > 2:
+        raise MoescopeError(f"--variant: expected at most two, found {len(args.variants)}")
+    if len(args.variants) > MAX_LANES:
+        raise MoescopeError(f"--variant: expected two to {MAX_LANES}, found {len(args.variants)}")
+    if not args.model2 and not args.variants:
+        raise MoescopeError(
+            "nothing to compare: expected --variant or a second model, found neither",
+            hint="moescope variants MODEL, for the variants there are",
+        )
+    if args.text is not None:
+        given = ("prompt", "prompt_ids", "messages")
+        others = [name for name in given if getattr(args, name) is not None]
+        if others or args.teacher_forced:
+            other = "--" + (others[0].replace("_", "-") if others else "teacher-forced")
+            raise MoescopeError(f"expected one text, found --text and {other}")
+    if args.rows and not args.json:
+        raise MoescopeError("--rows: expected --json beside it")
 
 
-def _rows(found: Any) -> list[tuple[str, str]]:
-    same, late = found.same_ids.all, found.compounded.all
-    first = found.first_divergence
-    rows = [("texts part at token", _at(found.ids_part_at))]
-    if first is None:
-        rows.append(("first other experts", "never, on the same tokens"))
-    else:
-        margins = f"margins {_number(first.margin_a)} and {_number(first.margin_b)}"
-        rows.append(("first other experts", f"@{first.position} L{first.layer}, {margins}"))
-    for title, part in (("on the same tokens", same), ("after the texts parted", late)):
-        if part.tokens:
-            rows += [
-                (f"{title}: tokens", str(part.tokens)),
-                ("   same set of experts", _share(part.same_set)),
-                ("   same order", _share(part.same_order)),
-                ("   mean |Δ weight|", _number(part.weight_difference)),
-                ("   Σ of each", f"{_number(part.score_sum_a)}  {_number(part.score_sum_b)}"),
-            ]
-    if found.kl_tokens:
-        rows.append(("KL of the next token, mean", f"{_number(found.kl_mean)} nats"))
-        rows.append(("same most likely next token", _share(found.top1_agrees)))
-    return rows
+def _how(args: argparse.Namespace) -> dict[str, str]:
+    """How the lanes were fed, for labels and for JSON."""
+    if args.text is not None:
+        return {"mode": "same tokens", "text": options.plain(args.text.name)}
+    if args.teacher_forced:
+        return {"mode": "same tokens", "text": "lane A's"}
+    return {"mode": "free", "text": "each lane's own"}
 
 
-def _letter(lane: int) -> str:
-    return "ABCDEFGH"[lane]
+def _text_ids(args: argparse.Namespace, tokenizer: Any) -> tuple[int, ...]:
+    """The first `--tokens` ids of the text file."""
+    if tokenizer is None:
+        raise MoescopeError("this model has no tokenizer", hint="--prompt-ids 1,2,3")
+    name = args.text.name
+    try:
+        with open(args.text, encoding="utf-8") as file:
+            text = file.read(TEXT_BYTES)
+    except OSError as error:
+        raise MoescopeError(f"{name}: {(error.strerror or 'cannot be read').lower()}") from None
+    except UnicodeDecodeError:
+        raise MoescopeError(f"{name}: expected text in UTF-8") from None
+    ids = tuple(tokenizer.encode(text))
+    kept = ids[: min(args.tokens, args.max_context)]
+    if not kept:
+        raise MoescopeError(f"{name}: expected some text, found none")
+    if len(kept) < len(ids):
+        running.talk(f"{name}: the first {len(kept)} of {len(ids)} tokens (--tokens)")
+    return kept
 
 
-def _at(position: int | None) -> str:
-    return "never" if position is None else f"@{position}"
+def _lanes(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:
+    """Variants of one model."""
+    from moescope.diagnosis.compare_run import run_compare
+    from moescope.engine.protocol import Generate, Sampling
+
+    variants = args.variants if len(args.variants) > 1 else ["trained", *args.variants]
+    sampling = options.sampling_of(args)
+    prompt = None if args.text is not None else options.prompt_of(args)
+    loaded, model, tokenizer = running.load(args)
+    if prompt is None:
+        prompt, sampling = {"prompt_ids": _text_ids(args, tokenizer)}, Sampling(max_new_tokens=0)
+    with running.recording(args, loaded, model, tokenizer) as writer:
+        outcome = run_compare(
+            model,
+            tokenizer,
+            variants,
+            Generate(**prompt, sampling=sampling),
+            teacher_forced=args.teacher_forced,
+            writer=writer,
+            max_context=args.max_context,
+            keep_rows=args.rows,
+        )
+    return outcome, {"model": model.facts["name"]}
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+def _two_models(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:
+    """MODEL beside MODEL2."""
+    from moescope.diagnosis import two_models as two
+    from moescope.engine.prompts import prompt_of
+    from moescope.engine.protocol import Generate
+
+    asked = None if args.text is not None else Generate(**options.prompt_of(args))
+    loaded, model, tokenizer = running.load(args)
+    second = _second(args, str(model.facts["name"]))
+    variants = [*args.variants, *args.variants, "trained", "trained"]
+    a = two.Side(model, tokenizer, variants[0])
+    b = two.Side(*second, variants[1])
+    two.check_pair(a, b)
+    reader = tokenizer if tokenizer is not None else second[1]
+    ids = _text_ids(args, reader) if asked is None else tuple(prompt_of(reader, asked)[0])
+    two.check_tokens(a, b, ids, asked.prompt or None if asked is not None else None)
+    request = Generate(prompt_ids=tuple(ids), sampling=options.sampling_of(args))
+    with _recording(args, loaded, a, b) as writer:
+        common = {"writer": writer, "keep_rows": args.rows}
+        if asked is not None and not args.teacher_forced:
+            outcome = two.run_free(a, b, request, max_context=args.max_context, **common)
+        else:
+            prompt = None if asked is None else len(ids)
+            if asked is not None:
+                ids = (*ids, *two.written(a, request, args.max_context))
+            outcome = two.run_same_tokens(a, b, ids, prompt=prompt, **common)
+    return outcome, {"model": a.name, "model2": b.name}
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _second(args: argparse.Namespace, beside: str) -> tuple[Any, Any]:
+    """The second model and its tokenizer; memory is checked with the first one held."""
+    from dataclasses import replace
+
+    from moescope.engine.opening import open_model
+
+    request = options.request_of(args)
+    name = options.model_of(args.model2)
+    try:
+        model, tokenizer = open_model(replace(request, model=name))
+    except MoescopeError as error:
+        if error.code != ExitCode.RESOURCES:
+            raise
+        message = f"{Path(name).name} beside {beside}: {error.message}"
+        raise MoescopeError(message, hint=error.hint, code=ExitCode.RESOURCES) from None
+    for note in model.facts["notes"]:
+        running.talk(note)
+    return model, tokenizer
+
+
+def _recording(args: argparse.Namespace, request: Any, a: Any, b: Any) -> Any:
+    """A writer for both models, or a context that gives None."""
+    from contextlib import nullcontext
+
+    from moescope.diagnosis.two_models import meta_of_both
+    from moescope.engine.recording import open_writer, trace_meta
+
+    described = [
+        trace_meta(side.model, side.tokenizer, record=request.record, redact=request.redact)
+        for side in (a, b)
+    ]
+    return open_writer(request, meta_of_both(*described), private=False) or nullcontext()

@@ -9,6 +9,7 @@ from typing import Any
 
 from moescope.diagnosis.causes import InputsJudge, LogitsJudge, Watched
 from moescope.diagnosis.compare import Comparison, Judge, Pairing, plain
+from moescope.diagnosis.gate_rows import GateRows
 from moescope.engine.lane import policies_of
 from moescope.engine.protocol import Generate
 from moescope.kernels.spec import RouterSpec
@@ -34,12 +35,12 @@ class CompareRun:
     invalid: str  # the message, where generation met logits that are not finite
     stopped: str  # the message, where the recording stopped before the end
     rows: tuple[list[dict[str, Any]], ...] = ()  # per comparison and token, where asked for
+    gate_rows: GateRows | None = None  # of two checkpoints fed the same tokens
 
     def to_json(self) -> dict[str, Any]:
+        """What was not asked for is left out."""
         document: dict[str, Any] = plain(self)
-        if not self.rows:
-            del document["rows"]
-        return document
+        return {k: v for k, v in document.items() if k not in ("rows", "gate_rows") or v}
 
 
 def run_compare(

@@ -18,6 +18,7 @@ from moescope.kernels.spec import RouterSpec
 from moescope.safety import printable
 from moescope.trace.frames import TraceMeta
 from moescope.trace.measures import UNIT, sum_violations
+from moescope.trace.metadata import router_groups
 from moescope.ui.history import Lane
 
 TRAINED = "trained"
@@ -67,19 +68,21 @@ class Decision:
 
 
 def table_of(meta: TraceMeta) -> RouterTable:
-    """Read the specs of a trace's routers; raises MoescopeError where they mean nothing."""
+    """Read the specs of a trace's routers (of two models, the first's, whose routers correspond);
+    raises MoescopeError where they mean nothing."""
+    routers = next(iter(router_groups(meta)), ())
     dtype = str(meta.engine.get("dtype", "float32"))
     dtype = dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
     try:
-        specs = tuple(RouterSpec.from_json(r.spec).resolved(dtype) for r in meta.routers)
+        specs = tuple(RouterSpec.from_json(r.spec).resolved(dtype) for r in routers)
     except ValueError as error:
         raise MoescopeError(f"router spec: {printable(str(error))}", code=ExitCode.TRACE) from None
     return RouterTable(
         specs=specs,
-        labels=tuple(f"{r.layer:02d}{'a' if r.site == 'attention' else ''}" for r in meta.routers),
-        layers=tuple(router.layer for router in meta.routers),
-        num_experts=np.array([r.num_experts for r in meta.routers], np.int16),
-        top_k=np.array([r.num_experts_per_tok for r in meta.routers], np.int16),
+        labels=tuple(f"{r.layer:02d}{'a' if r.site == 'attention' else ''}" for r in routers),
+        layers=tuple(router.layer for router in routers),
+        num_experts=np.array([r.num_experts for r in routers], np.int16),
+        top_k=np.array([r.num_experts_per_tok for r in routers], np.int16),
         allowed=tuple(spec.allowed_score_sum() for spec in specs),
         tensors=meta.router_tensors,
         dtype=dtype,
