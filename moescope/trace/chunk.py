@@ -48,17 +48,23 @@ def columns_of(frames: Sequence[Frame]) -> Columns:
         columns[name] = stacked((getattr(f, name) for f in frames), len(frames), dtype, shape, fill)
     columns |= _alternatives(frames)
     columns |= _shadow_columns(frames, largest["L"])
-    variants = list(dict.fromkeys(frame.variant for frame in frames))
-    number = {variant: i for i, variant in enumerate(variants)}
-    columns["variant"] = np.array([number[frame.variant] for frame in frames], dtype="<u2")
-    strings = {
-        "variants": variants,
-        "shadows": _shadow_names(frames),
-        "text": [frame.text for frame in frames],
+    texts, variants = [frame.text for frame in frames], [frame.variant for frame in frames]
+    return columns | summary(columns, texts, variants, _shadow_names(frames))
+
+
+def summary(
+    columns: Columns, texts: Sequence[str], variants: Sequence[str], shadows: Sequence[str]
+) -> Columns:
+    """The columns made from others, and from the words of every frame."""
+    number = {variant: i for i, variant in enumerate(dict.fromkeys(variants))}
+    strings = {"variants": list(number), "shadows": list(shadows), "text": list(texts)}
+    lanes, counts = _counts(columns)
+    return {
+        "variant": np.array([number[variant] for variant in variants], dtype="<u2"),
+        "strings": np.frombuffer(json.dumps(strings).encode(), dtype=np.uint8),
+        "counts_lanes": lanes,
+        "counts": counts,
     }
-    columns["strings"] = np.frombuffer(json.dumps(strings).encode(), dtype=np.uint8)
-    columns["counts_lanes"], columns["counts"] = _counts(columns)
-    return columns
 
 
 def _shape(frame: Frame) -> tuple[int, int, int]:
@@ -122,11 +128,11 @@ def _counts(columns: Columns) -> tuple[NDArray[Any], NDArray[Any]]:
     ids, lanes = columns["expert_ids"], np.unique(columns["lane"])
     classes = int(ids.max(initial=-1)) + 1
     counts = np.zeros((len(lanes), ids.shape[1], classes), dtype="<u4")
+    cells = np.arange(ids.shape[1])[:, None] * classes + ids
     for i, lane in enumerate(lanes):
-        mine = ids[columns["lane"] == lane].astype(np.int64)
-        for router in range(ids.shape[1]):
-            picks = mine[:, router]
-            counts[i, router] = np.bincount(picks[picks >= 0], minlength=classes)
+        mine = columns["lane"] == lane
+        picked = cells[mine][ids[mine] >= 0]
+        counts[i] = np.bincount(picked, minlength=counts[i].size).reshape(counts[i].shape)
     return lanes, counts
 
 

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import single_line
 from moescope.trace import database, lock
-from moescope.trace.chunk import columns_of
 from moescope.trace.columns import checksum, pack
+from moescope.trace.fold import columns_of_records
 from moescope.trace.frames import DECODE, Frame, TraceEvent, TraceMeta
 from moescope.trace.metadata import event_to_json, redact_event, router_groups, to_json, trace_error
-from moescope.trace.record import Arrays, frame_of, record
+from moescope.trace.record import Arrays, record
 
 CHUNK_FRAMES = 256
 CHUNK_BYTES = 24 << 20  # a chunk of large frames is cut earlier, so that no column nears its limit
@@ -323,7 +323,7 @@ class TraceWriter:
         sizes = itertools.accumulate(map(len, self._tail[:CHUNK_FRAMES]))
         count = max(1, sum(size <= CHUNK_BYTES for size in sizes))
         first, oldest = self._chunked, self._tail[:count]
-        columns = columns_of([frame_of(blob) for blob in oldest])
+        columns = columns_of_records(oldest)
         blobs = ((name, pack(column)) for name, column in columns.items())
         rows = [(name, first, count, checksum(name, first, count, b), b) for name, b in blobs]
         self._db.execute("BEGIN IMMEDIATE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from moescope.errors import ExitCode, MoescopeError
 from moescope.trace.chunk import ChunkStrings, columns_of, frames_of
 from moescope.trace.columns import ColumnError, pack, unpack
+from moescope.trace.fold import columns_of_records
 from moescope.trace.frames import Frame, RecordLevel, TraceEvent, TraceMeta
 from moescope.trace.memory import MemoryTrace
 from moescope.trace.record import frame_of, record
@@ -71,6 +73,29 @@ def odd_frames(draw: Any) -> Frame:
         top1_agrees=draw(st.one_of(st.none(), st.booleans())),
         shadow=maybe(shadow),
     )
+
+
+@given(odd_frames(), st.lists(odd_frames(), max_size=2), st.booleans(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_columns_of_records_are_those_of_frames(
+    frame: Frame, others: list[Frame], shadowless: bool, data: st.DataObject
+) -> None:
+    """Records that are alike, and some that are not."""
+    if shadowless:
+        frame = replace(frame, shadow=None)
+    like = st.builds(
+        lambda position, lane, text, variant, rank: replace(
+            frame, position=position, lane=lane, text=text, variant=variant, rank=rank
+        ),
+        *(st.integers(0, 9), st.integers(0, 2), TEXT, TEXT, st.none() | st.integers(1, 9)),
+    )
+    frames = [*others, *data.draw(st.lists(like, min_size=1, max_size=4))]
+    blobs = [record(one) for one in frames]
+    found, wanted = columns_of_records(blobs), columns_of([frame_of(blob) for blob in blobs])
+    assert sorted(found) == sorted(wanted)
+    for name, column in wanted.items():
+        assert found[name].dtype == column.dtype, name
+        assert pack(found[name]) == pack(column), name
 
 
 @given(st.lists(odd_frames(), min_size=1, max_size=5))
