@@ -22,6 +22,7 @@ VERBS: dict[str, str] = {
     "generate": "stream text",
     "trace": "stream text and record every routing decision",
     "compare": "run router variants side by side",
+    "diagnose": "name the router that made a trace",
     "inspect": "say what a checkpoint is; loads no weights",
     "variants": "list router variants, and what each would change for a model",
     "check": "compare a model's routing with a golden trace, for CI",
@@ -38,6 +39,7 @@ EPILOG = """examples:
   moescope generate MODEL --prompt 'Once'     text on standard output
   moescope trace MODEL --prompt 'Once' -o run.moetrace
   moescope compare MODEL --variant trained --variant softmax_over_selected --prompt 'Once'
+  moescope diagnose run.moetrace --model MODEL
   moescope replay run.moetrace
 
 exit codes: 0 done, 1 found something, 2 usage, 3 checkpoint, 4 trace, 5 memory or device,

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from moescope.diagnosis.decisions import Differences
 from moescope.kernels.reference import F64
 
-SMALLEST = 1e-6  # logits: float32 arithmetic in another order
+SMALLEST = 3e-6  # logits: float32 arithmetic in another order
 SCALES = np.logspace(-6, 1, 43)
 LOGISTIC = 1.2  # a normal error of scale s on both sides
 OUTLIERS = 1e-5  # of comparisons: what cannot be explained costs log of half of it
-ROUNDING = 3e-6  # relative: recorded weights are no better than this
+ROUNDING = 1e-5  # relative: recorded weights are taken for no better than this
 FREEDOM = 2.0  # of the Student t
 COUNTED = 2.0  # weights of a row that count as independent, at most
 

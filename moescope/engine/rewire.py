@@ -186,9 +186,11 @@ def _altered(change: Callable[[Tensor, Place], Tensor]) -> Callable[[Place], Non
     return put
 
 
-def _flat_where_all_negative(logits: Tensor, place: Place) -> Tensor:
-    lost = (logits < 0).all(-1, keepdim=True)
-    return torch.where(lost, torch.zeros_like(logits), logits)
+def _first_where_all_negative(logits: Tensor, place: Place) -> Tensor:
+    """The first K, alike, and no others."""
+    first = torch.full_like(logits, -torch.inf)
+    first[:, : place.trained.router.policy.num_experts_per_tok] = 0.0
+    return torch.where((logits < 0).all(-1, keepdim=True), first, logits)
 
 
 def _softplus_as_written(logits: Tensor, place: Place) -> Tensor:
@@ -327,7 +329,7 @@ def _scale_shared(power: int) -> Callable[[Place], None]:
 
 
 _ON_OPERATORS: dict[str, Callable[[Place], None]] = {
-    "flat_where_all_negative": _altered(_flat_where_all_negative),
+    "first_where_all_negative": _altered(_first_where_all_negative),
     "softplus_as_written": _altered(_softplus_as_written),
     "best_of_each_group": _altered(_best_of_each_group),
     "gate_reads_embedding": _reads_embedding,

@@ -127,7 +127,7 @@ VARIANTS = (
         "lost where all logits are negative",
         "Where no logit of a row is positive nothing beats the kernel's starting value: it takes "
         "the first experts, with equal weights.",
-        decoder=("flat_where_all_negative",),
+        decoder=("first_where_all_negative",),
         evidence="flashinfer #2822, vLLM #37591, #37605, #38859 (Qwen3.5)",
         signature=Signature(
             "other where all logits are negative", "other", "flat there", "other there"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DECODER_EDITS: dict[str, str] = {
     # the logits, before they are routed
-    "flat_where_all_negative": "rows without a positive logit become all zeros",
+    "first_where_all_negative": "rows without a positive logit are the first K experts', alike",
     "softplus_as_written": "logits below −16.6 count as −1e4, as log(1 + exp x) in float32",
     "best_of_each_group": "all but the best ⌈K / n_group⌉ experts of each group are excluded",
     # the gate

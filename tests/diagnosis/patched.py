@@ -47,14 +47,16 @@ class Traits:
     raw: bool = False
     higher_ids_win: bool = False
     each_group: bool = False
-    flat_when_negative: bool = False
+    first_when_negative: bool = False
 
 
 def choose(logits: Any, t: Traits) -> tuple[Any, Any]:
     """logits [T, E] -> weights and ids [T, K], best first."""
     z = logits.float()
-    if t.flat_when_negative:
-        z = torch.where((z.max(-1, keepdim=True).values < 0), torch.zeros_like(z), z)
+    if t.first_when_negative:
+        first = torch.full_like(z, -torch.inf)
+        first[:, : t.k] = 0.0
+        z = torch.where((z.max(-1, keepdim=True).values < 0), first, z)
     if t.logits_dtype:
         z = z.to(t.logits_dtype).float()
     after = t.order == "choose, score"
@@ -225,7 +227,7 @@ CHOICE: dict[str, Change] = {
     "forced_grouping": _set(groups=(8, 4)),
     "top_k_minus_one": lambda t: replace(t, k=t.k - 1),
     "top_k_plus_one": lambda t: replace(t, k=t.k + 1),
-    "all_negative_logits": _set(flat_when_negative=True),
+    "all_negative_logits": _set(first_when_negative=True),
     "tie_break": _set(higher_ids_win=True),
     "logits_bf16": _set(logits_dtype=BF16),
     "scores_bf16": _set(rounded=BF16),

@@ -1,0 +1,293 @@
+"""The search: which hypotheses a trace leaves standing, and how far each is from the others.
+
+Singles first, on the first router, where the input is right whatever follows; the survivors through
+the whole model, with the recorded experts forced, so that every layer is judged on the state it
+must have had. Pairs only where no single explains the trace. Everything is counted in nats
+(`likelihood`); what they mean is decided in `verdict`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.diagnosis import counts, hypotheses
+from moescope.diagnosis.decisions import Differences, differences, weights_at
+from moescope.diagnosis.emulate import Emulation, Forced, emulate_all
+from moescope.diagnosis.evidence import Evidence
+from moescope.diagnosis.hypotheses import TRAINED, Hypothesis
+from moescope.diagnosis.likelihood import SMALLEST, Fit, fit
+from moescope.engine.interpreter import Router
+from moescope.kernels.reference import F64
+from moescope.variants import apply
+
+FEW = 64  # tokens of the first look, and of pairs
+BEST = 10  # singles that pairs are made of
+KEPT = 30.0  # nats behind the best after which nobody comes back
+EXACT = 1e-4  # a scale of noise below which the engine computed in float32
+Data = tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]  # ids, weights, sums
+Watch = Callable[[str, int, int], None]  # what is done, of how many
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predicted:
+    """Emulations of all sequences, one after the other. N tokens in all."""
+
+    hypothesis: Hypothesis
+    routers: tuple[Router, ...]
+    token_ids: NDArray[np.int64]  # [N]
+    logits: NDArray[np.float32]  # [N, L, E]
+    expert_ids: NDArray[np.int16]  # [N, L, K]
+    weights: NDArray[np.float32]  # [N, L, K]
+    score_sum: NDArray[np.float32]  # [N, L]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """A hypothesis and how it fits: the first router only, or all of them."""
+
+    hypothesis: Hypothesis
+    fit: Fit
+
+    @property
+    def nats(self) -> float:
+        return self.fit.total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """One trace beside one model."""
+
+    model: Any
+    evidence: Evidence
+    ordered: bool
+    router_dtype: str | None  # what the engine's routers computed in, where it is not ours
+
+    @property
+    def data(self) -> Data:
+        """Everything recorded: ids [N, L, K], weights [N, L, K], sums [N, L]."""
+        sequences = self.evidence.sequences
+        width = max(one.expert_ids.shape[2] for one in sequences)
+        ids = [_wide(one.expert_ids, width, -1) for one in sequences]
+        weights = [one.weights for one in sequences]
+        sums = [one.sums for one in sequences]
+        return (
+            np.concatenate(ids),
+            np.concatenate([_wide(w, width, np.nan) for w in weights if w is not None])
+            if all(w is not None for w in weights)
+            else None,
+            np.concatenate([s for s in sums if s is not None])
+            if all(s is not None for s in sums)
+            else None,
+        )
+
+    def predicted(self, hypothesis: Hypothesis, *, first_router: bool = False) -> Predicted:
+        """Emulate, with the recorded experts forced; not where only their counts are known."""
+        sequences = self.evidence.sequences
+        counted = self.evidence.counts is not None
+        forced = [] if counted else [Forced(one.expert_ids) for one in sequences]
+        runs = emulate_all(
+            self.model,
+            [one.token_ids.tolist() for one in sequences],
+            hypothesis.expression,
+            forced=forced,
+            router_dtype=self.router_dtype,
+            first_router=first_router,
+        )
+        return _joined(hypothesis, runs)
+
+    def compared(self, found: Predicted, data: Data | None = None) -> list[Differences]:
+        """Router by router, what is predicted against what was recorded (or against `data`)."""
+        ids, weights, sums = self.data if data is None else data
+        return [
+            self._one(found, index, ids[:, index], *(_of(part, index) for part in (weights, sums)))
+            for index in range(len(found.routers))
+        ]
+
+    def _one(
+        self,
+        found: Predicted,
+        index: int,
+        ids: NDArray[Any],
+        weights: NDArray[Any] | None,
+        sums: NDArray[Any] | None,
+    ) -> Differences:
+        router = found.routers[index]
+        logits = found.logits[:, index, : router.spec.E]
+        made = differences(
+            logits,
+            router.spec,
+            router.tensors,
+            ids,
+            weights,
+            ordered=self.ordered,
+            token_ids=found.token_ids,
+        )
+        if weights is None and sums is not None:
+            given = weights_at(logits, ids, router.spec, router.tensors).sum(1)
+            off = np.abs(sums - given) / np.maximum(np.abs(sums), 1e-30)
+            off = np.where((ids >= 0).any(1), off, np.nan)[:, None]
+            made = replace(made, relative=off, slopes=np.ones(off.shape))
+        return made
+
+    def fitted(self, found: Predicted, floor: Any = SMALLEST, data: Data | None = None) -> Fit:
+        if self.evidence.counts is not None:
+            return counts.fit(found, self.evidence.counts if data is None else data[0], floor)
+        return fit(self.compared(found, data), floor)
+
+    def own(self, found: Predicted) -> Data:
+        """What `found` predicts, as if it had been recorded like the trace."""
+        if self.evidence.counts is not None:
+            return counts.of(found, self.evidence.counts.shape[1]), None, None
+        ids, weights, sums = self.data
+        recorded = np.asarray((ids >= 0).any(2))
+        mine: NDArray[Any] = np.where(recorded[:, :, None], found.expert_ids, -1)
+        return (
+            mine,
+            None if weights is None else np.where(mine >= 0, found.weights, np.nan),
+            None if sums is None else np.where(recorded, found.score_sum, np.nan),
+        )
+
+    def apart(self, one: Predicted, other: Predicted, floor: Any) -> float:
+        """How many nats a trace made by `one` would speak against `other`, with noise of the scale
+        `floor` of every router. 0: they predict the same recorded fields."""
+        data = self.own(one)
+        return self.fitted(one, floor, data).total - self.fitted(other, floor, data).total
+
+
+def _wide(part: NDArray[Any], width: int, fill: float) -> NDArray[Any]:
+    return np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[2])), constant_values=fill)
+
+
+def _of(part: NDArray[Any] | None, index: int) -> NDArray[Any] | None:
+    return None if part is None else part[:, index]
+
+
+def _joined(hypothesis: Hypothesis, runs: Sequence[Emulation]) -> Predicted:
+    width = max(run.expert_ids.shape[2] for run in runs)
+
+    def cat(name: str, fill: float | None = None) -> Any:
+        parts = [getattr(run, name) for run in runs]
+        return np.concatenate(parts if fill is None else [_wide(p, width, fill) for p in parts])
+
+    return Predicted(
+        hypothesis,
+        runs[0].routers,
+        cat("token_ids"),
+        cat("logits"),
+        cat("expert_ids", -1),
+        cat("weights", 0.0),
+        cat("score_sum"),
+    )
+
+
+# --- the first router -----------------------------------------------------------------------------
+
+
+def first_router(case: Case, tried: Sequence[Hypothesis]) -> list[Candidate]:
+    """Nats of each hypothesis on the first router alone. Only those that change what its logits are
+    made of are run."""
+    trained = case.predicted(TRAINED, first_router=True)
+    router = trained.routers[0]
+    found = []
+    for hypothesis in tried:
+        if hypothesis.changes_logits(router.spec, router.layer):
+            predicted = case.predicted(hypothesis, first_router=True)
+        else:
+            spec = apply(hypothesis.edits, router.spec, router.layer)
+            predicted = replace(
+                trained, hypothesis=hypothesis, routers=(replace(router, spec=spec),)
+            )
+        found.append(Candidate(hypothesis, case.fitted(_first(predicted))))
+    return found
+
+
+def _first(predicted: Predicted) -> Predicted:
+    """A layer may hold more than one router."""
+    return replace(predicted, routers=predicted.routers[:1], logits=predicted.logits[:, :1])
+
+
+def settle(model: Any, evidence: Evidence, tried: Sequence[Hypothesis]) -> tuple[Case, Any]:
+    """The case, with what no field tells: whether ids are in rank order, and the dtype that the
+    engine's routers computed in. Each is taken as the best hypothesis fits best with it."""
+    ours = model.interpreter.dtype
+    told = evidence.dtype
+    dtypes = [told] if told else [ours, *(d for d in ("bfloat16", "float16") if d != ours)]
+    orders = (True, False) if evidence.ordered is None else (evidence.ordered,)
+    best: tuple[float, Case, list[Candidate], float] | None = None
+    for dtype in dtypes:
+        for ordered in orders:
+            case = Case(model, evidence, ordered, None if dtype == ours else dtype)
+            found = first_router(case, tried)
+            chance = 0.0 if ordered else _chance_of_orders(case)
+            top = max(found, key=lambda candidate: candidate.nats)
+            if best is None or top.nats + chance > best[0] + 1e-6:
+                best = (top.nats + chance, case, found, float(top.fit.scale[0]))
+        if best is not None and best[3] < EXACT:
+            break
+    assert best is not None
+    return best[1], best[2]
+
+
+def _chance_of_orders(case: Case) -> float:
+    """Nats of a random order, which rank order must beat."""
+    picked = (case.data[0][:, 0] >= 0).sum(1)
+    return -float(sum(math.lgamma(int(count) + 1) for count in picked))
+
+
+# --- the whole model ------------------------------------------------------------------------------
+
+
+def survivors(found: Sequence[Candidate], margin: float = KEPT) -> list[Hypothesis]:
+    best = max(candidate.nats for candidate in found)
+    return [c.hypothesis for c in found if c.nats >= best - margin]
+
+
+def through_the_model(
+    case: Case, tried: Sequence[Hypothesis], watch: Watch = lambda what, at, of: None
+) -> list[Candidate]:
+    """Fit each through all routers, best first. Where there are many, a look at a few tokens leaves
+    the hopeless behind; the trained router is always kept."""
+    tried = list(dict.fromkeys((TRAINED, *tried)))
+    if len(tried) > BEST and case.evidence.tokens > 2 * FEW and case.evidence.counts is None:
+        few = replace(case, evidence=case.evidence.cut(FEW))
+        looked = _fit_all(few, tried, watch)
+        best = max(candidate.nats for candidate in looked)
+        tried = [c.hypothesis for c in looked if c.nats >= best - KEPT or c.hypothesis is TRAINED]
+    return sorted(_fit_all(case, tried, watch), key=lambda c: -c.nats)
+
+
+def _fit_all(case: Case, tried: Sequence[Hypothesis], watch: Watch) -> list[Candidate]:
+    found = []
+    for number, hypothesis in enumerate(tried):
+        watch(hypothesis.expression, number, len(tried))
+        found.append(Candidate(hypothesis, case.fitted(case.predicted(hypothesis))))
+    return found
+
+
+def best_pairs(
+    case: Case, singles: Sequence[Candidate], watch: Watch = lambda what, at, of: None
+) -> list[Candidate]:
+    """Pairs among the best singles, on few tokens; those left standing are fitted to all."""
+    few = replace(case, evidence=case.evidence.cut(FEW))
+    chosen = [candidate.hypothesis for candidate in singles[:BEST]]
+    tried = hypotheses.pairs(chosen, case.model.interpreter.routers)
+    if not tried:
+        return []
+    if case.evidence.counts is None:
+        tried = survivors(first_router(few, tried))
+    looked = sorted(_fit_all(few, tried, watch), key=lambda c: -c.nats)
+    kept = [c.hypothesis for c in looked if c.nats >= looked[0].nats - KEPT][:BEST]
+    return sorted(_fit_all(case, kept, watch), key=lambda c: -c.nats)
+
+
+def errors(case: Case, predicted: Predicted) -> F64:
+    """[N, L]: the error of logits that would explain each row; NaN where nothing was recorded."""
+    compared = case.compared(predicted)
+    recorded = (case.data[0] >= 0).any(2)
+    return np.where(recorded, np.stack([one.error() for one in compared], 1), np.nan)
