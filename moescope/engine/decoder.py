@@ -100,7 +100,9 @@ class Attention:
     clip_qkv: float | None = None
     sinks: bool = False
     softcap: float = 0.0
-    gate: Literal["none", "in_q_proj", "sigmoid", "sigmoid_per_head", "softplus_per_head"] = "none"
+    gate: Literal[
+        "none", "in_q_proj", "sigmoid", "softplus", "sigmoid_per_head", "softplus_per_head"
+    ] = "none"
     keys_are_values: bool = False
     value_scale: float = 1.0
     temperature_scale: float = 0.0  # of queries, by log1p(floor((p + 1) / temperature_floor))

@@ -139,6 +139,7 @@ def _of_operator(operator: Operator) -> Iterator[Slot]:
 
 _GATE_ROWS: dict[str, Callable[[Attention], int]] = {
     "sigmoid": lambda a: a.head_dim,
+    "softplus": lambda a: a.head_dim,
     "sigmoid_per_head": lambda a: 1,
     "softplus_per_head": lambda a: 1,
 }

@@ -7,10 +7,10 @@ Source: arXiv 2412.19437, section 2.1.2; transformers `DeepseekV3TopkRouter` and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, DecoderSpec, MoE, Operator
+from moescope.engine.decoder import MLP, Attention, DecoderSpec, MoE, Operator
 from moescope.engine.families import common
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
@@ -117,6 +117,12 @@ def typed_layers(config: Fields, layers: int, usual: Sequence[bool] | int) -> li
         return first_dense(config, layers, usual) if isinstance(usual, int) else list(usual)
     types = common.read_layer_types(config, layers, (DENSE, SPARSE), (), "mlp_layer_types")
     return [kind == SPARSE for kind in types]
+
+
+def placed_in_windows(sliding: Attention, types: Sequence[str]) -> list[Attention]:
+    """Layers with a window have positions, those without have none."""
+    full = replace(sliding, window=0, rope=None)
+    return [sliding if kind == common.SLIDING else full for kind in types]
 
 
 def decoder(

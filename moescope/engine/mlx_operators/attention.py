@@ -89,7 +89,7 @@ class MLXAttention:
         if gate is None:
             assert self.gate is not None
             gate = self.gate(h)
-        if self.spec.gate == "softplus_per_head":
+        if self.spec.gate.startswith("softplus"):
             gate = mx.logaddexp(gate.astype(mx.float32), 0).astype(mixed.dtype)
         else:
             gate = mx.sigmoid(gate)

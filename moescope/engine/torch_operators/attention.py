@@ -115,7 +115,7 @@ class TorchAttention:
             gate = linear(h, self.gate)
             if self.gate_bias is not None:
                 gate = (gate.view(len(h), self.spec.heads, -1) + self.gate_bias[:, None]).flatten(1)
-        if self.spec.gate == "softplus_per_head":
+        if self.spec.gate.startswith("softplus"):
             gate = F.softplus(gate.float()).to(mixed.dtype)
         else:
             gate = torch.sigmoid(gate)
