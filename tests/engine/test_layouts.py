@@ -1,0 +1,107 @@
+"""Every published layout of a family loads to the same numbers as its hub checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moescope.engine import load, torch_weights
+from moescope.engine.protocol import LoadRequest
+from tests.engine import packing
+from tests.engine.layout_writers import LAYOUTS, as_mlx, known_to_mlx
+from tests.families import TINY
+from tests.tiny import save_checkpoint, tiny_checkpoint, tiny_model
+
+# transformers has matrices for experts that are identities, which nobody publishes.
+WITH_IDENTITIES = {"longcat_flash"}
+# Of these mlx-lm's code starts from quantised tensors alone.
+FROM_PACKED = {"gpt_oss"}
+
+
+def read(folder: Path) -> tuple[dict[str, torch.Tensor], load.Inspected]:
+    found = load.inspect(LoadRequest(str(folder), device="cpu", dtype="float32"))
+    try:
+        return torch_weights.read(found, lambda event: None)[0], found
+    finally:
+        found.checkpoint.close()
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for target, tensor in expected.items():
+        assert torch.equal(found[target], tensor), target
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("qwen3_moe", tmp_path_factory.mktemp("hub"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_one_model(layout: str, qwen3: Path, tmp_path: Path) -> None:
+    hub, _ = read(qwen3)
+    (tmp_path / "config.json").write_text((qwen3 / "config.json").read_text())
+    tensors = LAYOUTS[layout](load_file(qwen3 / "model.safetensors"))
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    found, inspected = read(tmp_path)
+    same(found, hub)
+    assert len(inspected.plan.layouts) == 1 and inspected.plan.unexpected == ()
+    assert len(inspected.plan.unused) == (5 if "towers" in layout else 0)
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_layouts_of_every_family(family: str, tmp_path: Path) -> None:
+    """As hubs have it, as transformers 5 holds it, as mlx-lm writes it."""
+    model = tiny_model(family)
+    hub, inspected = read(
+        save_checkpoint(model, tmp_path / "hub", dialect="hub", model_type=family)
+    )
+    assert inspected.plan.unexpected == () or family in WITH_IDENTITIES
+    if family not in WITH_IDENTITIES:
+        fused = save_checkpoint(model, tmp_path / "fused", layout="fused", model_type=family)
+        same(read(fused)[0], hub)
+    if known_to_mlx(family) and family not in FROM_PACKED:
+        found, _ = read(as_mlx(tmp_path / "hub", tmp_path / "mlx"))
+        for target, tensor in hub.items():
+            # norms that hold w of 1 + w have lost what 1 + w does not hold
+            torch.testing.assert_close(found[target], tensor, atol=1.2e-7, rtol=0)
+
+
+def test_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
+    """MXFP4, [E, out, in], rows of gate and up in turn; beside it the same numbers as transformers
+    saves them: [E, in, out], columns in turn."""
+    folder = tiny_checkpoint("gpt_oss", tmp_path, intermediate_size=64, hidden_size=64)
+    path = folder / "model.safetensors"
+    plain = load_file(path)
+    published: dict[str, Any] = {}
+    for number, (name, tensor) in enumerate(sorted(plain.items())):
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            published[name] = tensor
+            continue
+        rows, columns = tensor.shape[2], tensor.shape[1]
+        made = [
+            packing.gpt_oss(np.random.default_rng([number, expert]), rows, columns)
+            for expert in range(len(tensor))
+        ]
+        for suffix in ("_blocks", "_scales"):
+            published[name + suffix] = torch.stack([tensors[suffix] for tensors, _ in made])
+        plain[name] = torch.stack([values.T for _, values in made]).contiguous()
+    save_file(plain, path)
+    expected, _ = read(folder)
+    save_file(published, path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    found, inspected = read(folder)
+    same(found, expected)
+    assert inspected.plan.layouts == ("gpt-oss, rows of gate and up alternate",)
+    assert inspected.plan.unused == ()
