@@ -62,6 +62,11 @@ class Variant:
 
 def signature(variant: Variant, name: str) -> str:
     """Template line and parameters up to the opening brace, as MLX writes them."""
+    template = ", ".join(f"int {name}" for name, _ in variant.template)
+    return f"template <{template}>\n[[kernel]] void {name}({parameters(variant)}) {{\n"
+
+
+def parameters(variant: Variant) -> str:
     kernel = variant.kernel
     params = []
     for input, dtype, small in zip(kernel.input_names, variant.inputs, variant.small, strict=True):
@@ -72,44 +77,45 @@ def signature(variant: Variant, name: str) -> str:
         params.append(f"device {MLX_TYPES[dtype]}* {output}")
     lines = [f"  {param} [[buffer({place})]]" for place, param in enumerate(params)]
     lines += [f"  {ATTRIBUTES[a]} {a} [[{a}]]" for a in attributes(kernel)]
-    template = ", ".join(f"int {name}" for name, _ in variant.template)
-    return f"template <{template}>\n[[kernel]] void {name}(\n" + ",\n".join(lines) + ") {\n"
+    return "\n" + ",\n".join(lines)
 
 
 def attributes(kernel: Kernel) -> list[str]:
     return [name for name in ATTRIBUTES if name in kernel.source]
 
 
-def text(variants: Sequence[Variant], extra: str = "") -> str:
-    """A whole translation unit. `extra` stands where it sees what the kernels' headers define."""
+def text(variants: Sequence[Variant]) -> str:
+    """A whole translation unit: each header once, in a namespace of its own, and each variant as a
+    plain function, for sanitisers guard the static memory of no template."""
+    headers = list(dict.fromkeys(variant.kernel.header for variant in variants))
     parts = ['#include "engine.h"', "#define device", "#define constant", "#define thread"]
-    # one header has all that the others have
-    header = max((variant.kernel.header for variant in variants), key=len)
-    parts += ["#define threadgroup", header, extra, "#undef threadgroup"]
-    parts += ["#define threadgroup static"]
-    bodies: dict[str, int] = {}
-    calls = []
-    for place, variant in enumerate(variants):
-        body = signature(variant, "") + variant.kernel.source
-        written = bodies.setdefault(body, place)
-        if written == place:
-            parts += [signature(variant, f"kernel_{place}"), variant.kernel.source, "}"]
-        calls.append(_call(variant, place, written))
-    table = ", ".join(f"call_{place}" for place in range(len(variants)))
-    parts += ["#undef device", "#undef constant", "#undef thread", "#undef threadgroup", *calls]
+    for place, header in enumerate(headers):
+        mine = [(n, v) for n, v in enumerate(variants) if v.kernel.header == header]
+        parts += [f"#define moescope moescope_{place}", "#define threadgroup", header]
+        parts += ["#undef threadgroup", "#define threadgroup static"]
+        parts += [_function(variant, n) for n, variant in mine]
+        parts += ["#undef threadgroup", "#undef moescope"]
+    parts += ["#undef device", "#undef constant", "#undef thread"]
+    parts += [_call(variant, n) for n, variant in enumerate(variants)]
+    table = ", ".join(f"call_{n}" for n in range(len(variants)))
     parts += ['#include "harness.h"']
     parts += [f"static std::vector<Kernel *> variants() {{ return {{{table}}}; }}"]
     return "\n".join(parts)
 
 
-def _call(variant: Variant, place: int, written: int) -> str:
+def _function(variant: Variant, place: int) -> str:
+    constants = "".join(f"constexpr int {name} = {value};\n" for name, value in variant.template)
+    head = f"[[kernel]] static void kernel_{place}({parameters(variant)}) {{\n"
+    return f"{head}{constants}{variant.kernel.source}\n}}"
+
+
+def _call(variant: Variant, place: int) -> str:
     pointers = [f"(const {MLX_TYPES[t]} *)inputs[{i}]" for i, t in enumerate(variant.inputs)]
     pointers += [f"({MLX_TYPES[t]} *)outputs[{i}]" for i, t in enumerate(variant.outputs)]
     pointers += [f"place.{name}" for name in attributes(variant.kernel)]
-    values = ", ".join(str(value) for _, value in variant.template)
     return (
         f"static void call_{place}(void **inputs, void **outputs, const Place &place) {{\n"
-        f"    kernel_{written}<{values}>({', '.join(pointers)});\n}}\n"
+        f"    kernel_{place}({', '.join(pointers)});\n}}\n"
     )
 
 
