@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", action="store_true", help="with --json, every token and layer of the comparison"
     )
+    parser.add_argument(
+        "--ladder",
+        action="store_true",
+        help="also force A's routing into the others, rung by rung, on A's text",
+    )
     options.add_prompt(parser)
     options.add_sampling(parser)
     options.add_recording(parser)
@@ -54,12 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     with running.signals():
-        outcome, names = _two_models(args) if args.model2 else _lanes(args)
+        outcome, sides = _two_models(args) if args.model2 else _lanes(args)
+        ladders = _ladders(outcome, sides) if args.ladder and not outcome.invalid else []
     how = _how(args)
     if args.json:
-        options.print_json({**names, **how, **outcome.to_json()})
+        names = {"model": sides[0].name} | ({"model2": sides[1].name} if args.model2 else {})
+        climbed = {"ladders": [ladder.to_json() for ladder in ladders]} if args.ladder else {}
+        options.print_json({**names, **how, **outcome.to_json(), **climbed})
     else:
         print("\n".join(compared.lines(outcome, how)))
+        for ladder in ladders:
+            print("\n".join(compared.ladder_lines(ladder)))
     for message in (outcome.invalid, outcome.stopped):
         if message:
             running.talk(message)
@@ -118,9 +128,19 @@ def _text_ids(args: argparse.Namespace, tokenizer: Any) -> tuple[int, ...]:
     return kept
 
 
-def _lanes(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:
-    """Variants of one model."""
+def _ladders(outcome: Any, sides: Any) -> list[Any]:
+    """A's routing forced into each of the others, on what A was fed and wrote."""
+    from moescope.diagnosis.ladder import climb
+
+    first = outcome.lanes[0]
+    ids = [*first.prompt_ids, *first.token_ids]
+    return [climb(sides[0], other, ids) for other in sides[1:]]
+
+
+def _lanes(args: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """Variants of one model; the outcome, and what each lane ran."""
     from moescope.diagnosis.compare_run import run_compare
+    from moescope.diagnosis.two_models import Side
     from moescope.engine.protocol import Generate, Sampling
 
     variants = args.variants if len(args.variants) > 1 else ["trained", *args.variants]
@@ -140,10 +160,10 @@ def _lanes(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:
             max_context=args.max_context,
             keep_rows=args.rows,
         )
-    return outcome, {"model": model.facts["name"]}
+    return outcome, [Side(model, tokenizer, variant) for variant in variants]
 
 
-def _two_models(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:
+def _two_models(args: argparse.Namespace) -> tuple[Any, list[Any]]:
     """MODEL beside MODEL2."""
     from moescope.diagnosis import two_models as two
     from moescope.engine.prompts import prompt_of
@@ -169,7 +189,7 @@ def _two_models(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:
             if asked is not None:
                 ids = (*ids, *two.written(a, request, args.max_context))
             outcome = two.run_same_tokens(a, b, ids, prompt=prompt, **common)
-    return outcome, {"model": a.name, "model2": b.name}
+    return outcome, [a, b]
 
 
 def _second(args: argparse.Namespace, beside: str) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moescope.diagnosis.compare import Agreement, Comparison, Divergence
     from moescope.diagnosis.compare_run import CompareRun
     from moescope.diagnosis.gate_rows import GateRows
+    from moescope.diagnosis.ladder import Ladder
 
 WIDTH = 92
 SHOWN_ROWS = 8  # of gates
@@ -141,6 +142,29 @@ def _gate_rows(found: GateRows) -> list[str]:
     if len(found.rows) > len(kept):
         lines.append(f"   and {len(found.rows) - len(kept)} more (--json lists them)")
     return lines
+
+
+def ladder_lines(ladder: Ladder) -> list[str]:
+    """The rungs as a table, and what each of them took off."""
+    head = "   rung              KL mean   KL max  max |Δlogp|  same top-1  B would choose alike"
+    lines = ["", f"A's routing forced into B ({ladder.lane_b}), {ladder.tokens} tokens", head]
+    for rung in ladder.rungs:
+        lines.append(
+            f"   {rung.name:<16} {_small(rung.kl_mean):>8} {_small(rung.kl_max):>8}"
+            f" {_small(rung.logprob_max):>12} {_share(rung.top1_agrees):>11}"
+            f" {_share(rung.same_experts):>21}"
+        )
+    shares = ladder.shares
+    if shares is None:
+        return [*lines, "   both expect the same next tokens: there is nothing to explain"]
+    said = {
+        "experts": "the choice of experts",
+        "order": "their order",
+        "weights": "their weights",
+        "rest": "what is not routing",
+    }
+    parts = [f"{said[name]} {share:.0%}" for name, share in shares.items()]
+    return [*lines, f"   of the mean KL: {', '.join(parts)}"]
 
 
 def _at(position: int | None) -> str:
