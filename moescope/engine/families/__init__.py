@@ -19,6 +19,7 @@ from moescope.engine.config import Fields, bad
 from moescope.engine.decoder import DecoderSpec, Layer, MoE, RoutedAttention
 from moescope.engine.families.family import Family
 from moescope.engine.families.places import Plan, place
+from moescope.engine.families.towers import Text, parts_of, text_of
 from moescope.engine.header import TensorInfo
 from moescope.errors import MoescopeError
 from moescope.safety import single_line
@@ -53,6 +54,8 @@ REFUSALS: tuple[tuple[str, str], ...] = (
     ("minimax", "lightning / KDA linear attention not implemented"),
     ("bailing_moe_linear", "lightning / KDA linear attention not implemented"),
     ("kimi_k3", "lightning / KDA linear attention not implemented"),
+    ("zaya", "compressed convolutional attention not implemented"),
+    ("step3p*", "head counts and activation limits that differ by layer not implemented"),
     ("ernie4_5_vl_moe*", "text and vision tokens use separate expert sets"),
     ("switch_transformers", "encoder-decoder"),
     ("nllb_moe", "encoder-decoder"),
@@ -73,12 +76,7 @@ _EXPERT_KEYS = (
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config, or a MoescopeError that says why there is none."""
-    model_type = Fields(config).str("model_type")
-    if (found := SUPPORTED.get(model_type)) is not None:
-        if not any(config.get(key) for key in _EXPERT_KEYS):
-            raise _dense(model_type)
-        return found
-    raise _refusal(model_type, config)
+    return SUPPORTED[_text_of(config).model_type]
 
 
 def build(config: Mapping[str, Any], model_dtype: str | None = None) -> DecoderSpec:
@@ -86,15 +84,34 @@ def build(config: Mapping[str, Any], model_dtype: str | None = None) -> DecoderS
 
     Raises MoescopeError naming the field for anything missing, out of range, or not implemented.
     """
-    family = family_of(config)
-    fields = Fields(config)
+    text = _text_of(config)
     try:
-        spec = family.build(fields)
+        spec = SUPPORTED[text.model_type].build(text.fields)
     except ValueError as error:  # a combination that specs refuse, from values each fine alone
         raise bad(f"config.json: {single_line(str(error), 200)}") from error
     if not spec.routers():
-        raise _dense(fields.str("model_type"))
+        raise _dense(text.model_type)
     return spec if model_dtype is None else resolved(spec, model_dtype)
+
+
+def notes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a user should know of a config: what is left out, how others read it."""
+    return (
+        *_text_of(config).notes(),
+        *quantised.notes(config),
+        *family_of(config).notes,
+    )
+
+
+def _text_of(config: Mapping[str, Any]) -> Text:
+    """The text model of a config, where it is of a family here and has experts."""
+    model_type = Fields(config).str("model_type")
+    found = None if _missing(model_type) else text_of(config, SUPPORTED)
+    if found is None:
+        raise _refusal(model_type, config)
+    if not any(found.fields.values.get(key) for key in _EXPERT_KEYS):
+        raise _dense(found.model_type)
+    return found
 
 
 def plan(config: Mapping[str, Any], spec: DecoderSpec, tensors: Mapping[str, TensorInfo]) -> Plan:
@@ -123,15 +140,19 @@ def resolved(spec: DecoderSpec, model_dtype: str) -> DecoderSpec:
     return replace(spec, layers=tuple(layer(old) for old in spec.layers))
 
 
+def _missing(model_type: str) -> str:
+    """What a known type would need that is not implemented; empty for all others."""
+    found = (why for pattern, why in REFUSALS if fnmatchcase(model_type, pattern))
+    return next(found, "")
+
+
 def _refusal(model_type: str, config: Mapping[str, Any]) -> MoescopeError:
     name = single_line(model_type, 80)
-    for pattern, sentence in REFUSALS:
-        if fnmatchcase(model_type, pattern):
-            return bad(f"{name}: {sentence}", _SUPPORTED_HINT)
-    texts = (config, config.get("text_config"), config.get("llm_config"))
-    counted = any(
-        text.get(key) for text in texts if isinstance(text, Mapping) for key in _EXPERT_KEYS
-    )
+    for part in parts_of(config):
+        inner = part.get("model_type")
+        if isinstance(inner, str) and (why := _missing(inner)):
+            return bad(f"{single_line(inner, 80)}: {why}", _SUPPORTED_HINT)
+    counted = any(part.get(key) for part in parts_of(config) for key in _EXPERT_KEYS)
     if "auto_map" in config:
         return bad(
             f"{name}: needs the code that its folder brings (auto_map), which moescope never runs",
