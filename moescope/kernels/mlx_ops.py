@@ -215,7 +215,7 @@ def _launched(launch: Launch, inputs: list[mx.array | None], **options: Any) -> 
     rows = inputs[names.index("rows")].astype(mx.float32)
     given = []
     for name, array in zip(names, [*inputs, sizes], strict=True):
-        if name in ("rows", "bias", "scale"):
+        if name in ("rows", "bias", "scale", "gate_bias"):
             array = rows if array is None else array.astype(mx.float32)
         elif name in ("hashed", "sizes"):
             array = sizes if array is None else array.astype(mx.int32)
