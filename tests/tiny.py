@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.families import CLASSES, INIT, OLDER, SAME, TINY
+from tests.families import CLASSES, INIT, MLX, OLDER, SAME, TINY
 
 # those with fused steps of their own; `tests.families` knows them all
 FAMILIES = ("olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "mixtral")
@@ -62,27 +62,19 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     from transformers import AutoConfig
 
     fields = {**_COMMON, **TINY[family], **overrides}
+    if family in MLX:
+        from tests.oracle.mlx_models import Config
+
+        return Config(family, fields)
     return AutoConfig.for_model(SAME.get(family, family), **fields)
 
 
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     """A float32 transformers model in eval mode; `overrides` are config fields."""
     import torch
-    import transformers
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     config = tiny_config(family, **overrides)
-    if family in CLASSES:
-        build = getattr(transformers, CLASSES[family])._from_config
-    else:
-        build = transformers.AutoModelForCausalLM.from_config
-    model = build(
-        config,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation="eager",
-    ).eval()
+    model = _model(family, config)
     special = INIT.get(family, lambda name, tensor, noise: None)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -92,6 +84,29 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
             tied = config.tie_word_embeddings
             tensor.copy_(_usual(name, tensor, noise, tied) if given is None else given)
     return model
+
+
+def _model(family: str, config: Any) -> Any:
+    """As it is initialised: in float32, its routers and experts in plain operators."""
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    if family in MLX:
+        from tests.oracle.mlx_models import Model
+
+        return Model(config)
+    logging.disable_progress_bar()
+    if family in CLASSES:
+        build = getattr(transformers, CLASSES[family])._from_config
+    else:
+        build = transformers.AutoModelForCausalLM.from_config
+    return build(
+        config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    ).eval()
 
 
 def _learned(model: Any) -> Iterator[tuple[str, Any]]:
@@ -235,7 +250,8 @@ def _older_names(path: Path) -> None:
     """Rewrite a config saved by transformers 5 with the names that published configs use."""
     config = json.loads(path.read_text())
     rope = config.get("rope_parameters") or {}
-    if not any(isinstance(value, dict) for value in rope.values()):  # one rope for all layers
+    nested = any(isinstance(value, dict) for value in rope.values())  # a rope for each type
+    if "rope_parameters" in config and not nested:
         config.pop("rope_parameters", None)
         config["rope_theta"] = rope.pop("rope_theta", 10000.0)
         kind = rope.pop("rope_type", "default")

@@ -346,6 +346,7 @@ class DecoderSpec:
     final_norm: Norm | None
     tied_head: bool = False
     head_bias: bool = False
+    norm_head: bool = False  # the head's columns are divided by their lengths
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0

@@ -76,6 +76,7 @@ FUSED = Limits(
     {
         DecoderSpec: {
             "head_bias": (),
+            "norm_head": (),
             "embedding_scale": (),
             "logit_scale": (),
             "logit_softcap": (),

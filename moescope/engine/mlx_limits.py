@@ -1,7 +1,8 @@
 """Which fields of a `DecoderSpec` the MLX interpreter honours, and how others are refused.
 
 The other way round than `limits`: a field that is not named here must keep its default, so that
-what is new in a spec is refused until it is done here too. Imports no mlx.
+what is new in a spec is refused until it is done here too. And which packed weights stay as they
+are. Imports no mlx.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from moescope.engine.decoder import (
     Rope,
     RopeScaling,
 )
+from moescope.engine.families import forms
+from moescope.engine.families.places import Piece, Placement
 from moescope.engine.limits import Limits
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
@@ -57,6 +60,14 @@ _VALUES: dict[type, dict[str, tuple[Any, ...]]] = {
     },
 }
 
+# Formats that MLX multiplies as they are published -> its name for them.
+KEPT = {
+    "mlx affine": "affine",
+    "mlx mxfp4": "mxfp4",
+    "mlx mxfp8": "mxfp8",
+    "mlx nvfp4": "nvfp4",
+}
+
 
 def _only(kind: type, honoured: str) -> dict[str, tuple[Any, ...]]:
     names = honoured.split()
@@ -76,3 +87,17 @@ def refuse_unsupported(spec: DecoderSpec) -> None:
             hint="--device cpu",
             code=ExitCode.CHECKPOINT,
         )
+
+
+def stays_packed(placement: Placement) -> bool:
+    """Whether MLX multiplies a tensor of ours as it is published: all of it packed by formats of
+    MLX's own, in rows of ours or a permutation of them."""
+    return bool(placement.pieces) and all(map(_is_kept, placement.pieces))
+
+
+def _is_kept(piece: Piece) -> bool:
+    form = forms.FORMS[piece.form]
+    if piece.packed is None or form.transposed or form.folded or form.minus:
+        return False
+    roles = dict(piece.packed.tensors)  # a scale of the whole matrix is not MLX's everywhere
+    return piece.packed.format in KEPT and "global_scale" not in roles

@@ -75,6 +75,8 @@ class TorchDecoder:
         self.kernels = {"attention": "torch sdpa", "router": "torch", "experts": "torch"}
         self._embed = weights["embed.weight"]
         self._head = weights["embed.weight" if spec.tied_head else "head.weight"]
+        if spec.norm_head:
+            self._head = ops.with_unit_columns(self._head)
         self._head_bias = weights.get("head.bias")
         self._final = ops.load_norm(spec.final_norm, weights, "final_norm")
         self._stages = self._build(weights, devices or [device] * len(spec.layers))

@@ -8,6 +8,7 @@ A module may hold:
     EXEMPT     (model type or case id, `Class.field` or mutant's name) -> why no comparison sees it
     CLASSES    model type -> its class in transformers, where the automatic one does not know it
     SAME       model type -> the one that transformers reads it as
+    MLX        model type -> router logits (gate, input), of those compared with mlx-lm
     READ       model type -> how its routers are listened to (`kit.TOP_K` where it is not there)
     INIT       model type -> how some of its tensors are filled
     OLDER      model type -> what makes the published dialect of a config that transformers saved
@@ -40,6 +41,7 @@ MUTANTS: tuple[Mutant, ...] = ()
 EXEMPT: dict[tuple[str, str], str] = {}
 CLASSES: dict[str, str] = {}
 SAME: dict[str, str] = {}
+MLX: dict[str, Callable[[Any, Any], Any]] = {}
 READ: dict[str, Read] = {}
 INIT: dict[str, Init] = {}
 OLDER: dict[str, Callable[[dict[str, Any]], None]] = {}
@@ -54,6 +56,7 @@ _TABLES = (
     "EXEMPT",
     "CLASSES",
     "SAME",
+    "MLX",
     "READ",
     "INIT",
     "OLDER",

@@ -29,7 +29,7 @@ def run(row: Row, folder: Path) -> dict[str, Any]:
 
 @cache
 def reference(case: Case, prompt: str) -> harness.Run:
-    return harness.Oracle(harness.model_of(case)).greedy(PROMPTS[prompt])
+    return harness.oracle_of(case).greedy(PROMPTS[prompt])
 
 
 @cache

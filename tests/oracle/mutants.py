@@ -42,6 +42,7 @@ FLIPS: dict[str, dict[str, Turn]] = {
     "DecoderSpec.logit_scale": {"one": _to(1.0)},
     "DecoderSpec.logit_softcap": {"none": _to(0.0)},
     "DecoderSpec.head_bias": {"none": _to(False)},
+    "DecoderSpec.norm_head": {"none": _to(False)},
     "Layer.learned_scale": {"none": _to(False)},
     "Branch.pre_norm": {"none": _to(None)},
     "Branch.post_norm": {"none": _to(None)},

@@ -59,11 +59,7 @@ def _with_latent(config: Fields, ranks: Ranks) -> Ranks:
 
 
 def _sparse(config: Fields, layers: int) -> list[bool]:
-    """By `mlp_layer_types`, else every `moe_layer_freq`th from `first_k_dense_replace` on."""
-    first = config.int("first_k_dense_replace", 0, 1024, 1)
-    every = config.int("moe_layer_freq", 1, 1024, 1)
-    usual = [number >= first and number % every == 0 for number in range(layers)]
-    return biased.typed_layers(config, layers, usual)
+    return biased.typed_layers(config, layers, biased.every_so_many(config, layers, 1))
 
 
 _K1: Names = {

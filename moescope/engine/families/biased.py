@@ -110,6 +110,13 @@ def first_dense(config: Fields, layers: int, usual: int) -> list[bool]:
     return [number >= first for number in range(layers)]
 
 
+def every_so_many(config: Fields, layers: int, usual: int) -> list[bool]:
+    """Which layers are sparse: every `moe_layer_freq`th from `first_k_dense_replace` on."""
+    first = config.int("first_k_dense_replace", 0, 1024, usual)
+    every = config.int("moe_layer_freq", 1, 1024, 1)
+    return [number >= first and number % every == 0 for number in range(layers)]
+
+
 def typed_layers(config: Fields, layers: int, usual: Sequence[bool] | int) -> list[bool]:
     """Which layers are sparse: by `mlp_layer_types`, else as `usual`, or by
     `first_k_dense_replace` where that is a number."""

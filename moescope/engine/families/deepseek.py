@@ -1,6 +1,7 @@
-"""DeepSeek V2, V3, V3.2 and Kimi K2: latent attention, and the router that was copied most.
+"""DeepSeek V1 to V3.2 and Kimi K2: latent attention, and the router that was copied most.
 
-Sources: arXiv 2405.04434, 2412.19437; transformers `modeling_deepseek_v2.py`, `_v3.py`, `_v32.py`.
+Sources: arXiv 2401.06066, 2405.04434 and 2412.19437; mlx-lm `deepseek.py`; transformers
+`modeling_deepseek_v2.py`, `_v3.py`, `_v32.py`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,33 @@ from dataclasses import replace
 
 from moescope.engine.config import Fields
 from moescope.engine.decoder import DecoderSpec
-from moescope.engine.families import biased, latent
+from moescope.engine.families import biased, common, latent
 from moescope.engine.families.biased import Usual
 from moescope.engine.families.family import Family
 from moescope.engine.families.latent import Ranks
 from moescope.engine.families.names import PRE_NORM_NAMES
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
+
+
+def deepseek(config: Fields) -> DecoderSpec:
+    """V1: grouped attention and a plain softmax router, renormalised where the config says so."""
+    sizes = common.read_sizes(config, eps=1e-6, context=2048)
+    bias = config.bool("attention_bias", False)
+    rope = common.read_rope(config, sizes)
+    mixer = common.attention(sizes, rope, qkv_bias=bias, out_bias=bias)
+    config.str("scoring_func", ("softmax",), default="softmax")
+    experts, chosen = biased.read_counts(config)
+    router = RouterSpec(
+        RouterPolicy(
+            chosen,
+            norm_topk_prob=config.bool("norm_topk_prob", False) and chosen > 1,
+            norm_eps=1e-20,
+        ),
+        RouterWiring(experts, shared_experts=biased.read_shared_count(config, 0)),
+    )
+    moe, dense = biased.read_moe(config, sizes, router), biased.read_dense(config, sizes)
+    sparse = biased.every_so_many(config, sizes.layers, 0)
+    return biased.decoder(sizes, [mixer] * sizes.layers, biased.blocks(sparse, moe, dense))
 
 
 def deepseek_v2(config: Fields) -> DecoderSpec:
@@ -88,7 +110,13 @@ INDEX_NOTE = (
     "rotated keys in FP8, so near ties they may see other tokens"
 )
 _V3_ROUTED = "sigmoid, biased choice within groups, renormalised and scaled"
+_FIRST = (
+    "compared with mlx-lm, transformers having no class for it",
+    "mlx-lm ignores norm_topk_prob and never renormalises; moescope does where it is true, as the "
+    "code published with the model",
+)
 FAMILIES = {
+    "deepseek": Family("DeepSeek-MoE", deepseek, PRE_NORM_NAMES, "not renormalised", notes=_FIRST),
     "deepseek_v2": Family(
         "DeepSeek-V2", deepseek_v2, PRE_NORM_NAMES, "not renormalised", notes=(_IGNORED,)
     ),

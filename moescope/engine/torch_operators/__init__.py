@@ -38,7 +38,7 @@ from moescope.engine.torch_operators.linear_attention import GatedDelta, KimiDel
 from moescope.engine.torch_operators.mla import TorchMLA
 from moescope.engine.torch_operators.mlp import ACTIVATIONS, TorchMLP
 from moescope.engine.torch_operators.moe import TorchMoE, TorchRouter, rounded_gate
-from moescope.engine.torch_operators.norms import load_norm, make_norm
+from moescope.engine.torch_operators.norms import load_norm, make_norm, with_unit_columns
 from moescope.engine.torch_operators.recurrent import Recurrent, Saved
 from moescope.engine.torch_operators.rope import rotary_table, switches
 from moescope.engine.torch_operators.short_conv import TorchShortConv
@@ -67,6 +67,7 @@ __all__ = [
     "rotary_table",
     "rounded_gate",
     "switches",
+    "with_unit_columns",
 ]
 
 

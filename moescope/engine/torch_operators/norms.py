@@ -31,6 +31,12 @@ def load_norm(norm: Norm | None, weights: Weights, path: str) -> Normalise | Non
     return _gated(plain, *(weights[f"{path}.gate_{name}.weight"] for name in "ab"))
 
 
+def with_unit_columns(weight: Tensor) -> Tensor:
+    """A matrix whose columns are divided by their lengths (Ling's head)."""
+    wide = weight.float()
+    return (wide / (wide.norm(dim=0, keepdim=True) + 1e-7)).to(weight.dtype)
+
+
 def _gated(norm: Normalise, down: Tensor, up: Tensor) -> Normalise:
     """What is normed, times a sigmoid of a narrow layer over it (A.X-K2)."""
 
