@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from moescope.engine import devices
 from moescope.engine.families import forms
 from moescope.engine.load import Reporter, bytes_of, called, shortened
+from moescope.engine.mlx_limits import KEPT, stays_packed
 from moescope.engine.mlx_operators import DTYPES, Above, Packed, Stored
 from moescope.engine.mlx_operators.matrix import accumulated
 from moescope.engine.quantised import numbers, reading
@@ -33,13 +34,6 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 _STORED = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
 CHUNK = 64 << 20  # bytes read at once
-# Formats that MLX multiplies as they are published -> its name for them.
-KEPT = {
-    "mlx affine": "affine",
-    "mlx mxfp4": "mxfp4",
-    "mlx mxfp8": "mxfp8",
-    "mlx nvfp4": "nvfp4",
-}
 _ROLES = ("weight", "scales", "biases")
 
 
@@ -81,20 +75,6 @@ def bytes_held(plan: Plan, checkpoint: Checkpoint, dtype: str) -> int:
         else:
             total += prod(placement.shape) * _held(placement, held).size
     return total
-
-
-def stays_packed(placement: Placement) -> bool:
-    """Whether MLX multiplies a tensor of ours as it is published: all of it packed by formats of
-    MLX's own, in rows of ours or a permutation of them."""
-    return bool(placement.pieces) and all(map(_is_kept, placement.pieces))
-
-
-def _is_kept(piece: Piece) -> bool:
-    form = forms.FORMS[piece.form]
-    if piece.packed is None or form.transposed or form.folded or form.minus:
-        return False
-    roles = dict(piece.packed.tensors)  # a scale of the whole matrix is not MLX's everywhere
-    return piece.packed.format in KEPT and "global_scale" not in roles
 
 
 # --- packed -------------------------------------------------------------------------------------
