@@ -61,6 +61,11 @@ class Inspected:
     memory: dict[str, int]
     facts: dict[str, Any]
 
+    def notes(self) -> list[str]:
+        """What a user should know, of the files, the config and the tensors."""
+        of_config = families.notes(self.checkpoint.config)
+        return [*self.checkpoint.notes, *of_config, *self.plan.notes()]
+
     def device_of(self, target: str) -> str:
         """The device of one of our tensors."""
         if self.split is None or not target.startswith("layers."):
@@ -84,7 +89,7 @@ def load_model(request: LoadRequest, progress: Progress = lambda event: None) ->
     progress(Loading("preparing", 0, 0, "cache and kernels"))
     interpreter = _interpreter(found, weights)
     interpreter.open(1, found.memory["cache_tokens"])
-    found.facts["notes"] = [*found.checkpoint.notes, *found.plan.notes(), *notes]
+    found.facts["notes"] = [*found.notes(), *notes]
     found.facts["kernels"] = dict(interpreter.kernels)
     return LoadedModel(interpreter, found.spec, found.checkpoint, found.facts, found.memory)
 
@@ -109,7 +114,9 @@ def inspect(request: LoadRequest) -> Inspected:
         facts = _facts(checkpoint, family, spec, plan, device, dtype, memory)
         if split is not None:
             facts["devices"] = list(split.devices)
-        return Inspected(checkpoint, family, spec, plan, device, dtype, split, memory, facts)
+        found = Inspected(checkpoint, family, spec, plan, device, dtype, split, memory, facts)
+        facts["notes"] = found.notes()
+        return found
     except BaseException:
         checkpoint.close()
         raise
@@ -290,5 +297,4 @@ def _facts(
         "vocab_size": spec.vocab_size,
         "layout": ", ".join(plan.layouts),
         "unused_tensors": len(plan.unused),
-        "notes": [*checkpoint.notes, *plan.notes()],
     }
