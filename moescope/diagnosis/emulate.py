@@ -107,7 +107,7 @@ def emulate_all(
 
 def _built(model: Any, hypothesis: str, router_dtype: str | None, first_router: bool) -> Any:
     base = model.interpreter
-    if base.device == "mlx":
+    if not hasattr(base, "operators"):
         raise MoescopeError(
             "emulating a router needs the torch interpreter",
             hint="--device cpu, with torch installed",

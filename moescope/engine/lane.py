@@ -7,7 +7,7 @@ fed when, `prompts.py` what a turn adds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from moescope.engine.interpreter import Router
@@ -149,12 +149,10 @@ class Lane:
 
 
 def policies_of(expression: str, routers: Sequence[Router], dtype: str) -> tuple[RouterPolicy, ...]:
-    """The policy of each router under `expression`; refuses what edits the wiring."""
+    """The policy of each router under `expression`, its wiring left aside."""
     from moescope import variants
 
     edits = variants.parse(expression)
-    if edits.decoder:
-        raise _rewires(expression, ", ".join(sorted(edits.decoder)))
     for group in edits.groups:
         if not any(group.holds(router.layer) for router in routers):
             raise MoescopeError(
@@ -162,23 +160,21 @@ def policies_of(expression: str, routers: Sequence[Router], dtype: str) -> tuple
                 f"{routers[0].layer} to {routers[-1].layer}",
                 code=ExitCode.USAGE,
             )
-    policies = []
-    for router in routers:
-        spec = variants.apply(edits, router.spec, router.layer).resolved(dtype)
-        for name in (item.name for item in fields(spec.wiring)):
-            if getattr(router.spec.wiring, name) != getattr(spec.wiring, name):
-                raise _rewires(expression, name)
-        policies.append(spec.policy)
-    return tuple(policies)
+    specs = (variants.apply(edits, router.spec, router.layer) for router in routers)
+    return tuple(spec.resolved(dtype).policy for spec in specs)
 
 
-def _rewires(expression: str, name: str) -> MoescopeError:
-    return MoescopeError(
-        f"{expression}: {name}: expected a field of the router's policy, found one that rewires "
-        "the decoder",
-        hint="moescope variants, for the fields a running model can change",
-        code=ExitCode.USAGE,
-    )
+def refuse_rewiring(expression: str) -> None:
+    """Raise for an expression that edits more than policies, where logits alone are looked at."""
+    from moescope import variants
+
+    if variants.parse(expression).rebuilds:
+        raise MoescopeError(
+            f"{expression}: expected fields of the router's policy, found one that rewires the "
+            "decoder",
+            hint="moescope variants, for what recorded logits can show",
+            code=ExitCode.USAGE,
+        )
 
 
 def letter(lane: int) -> str:

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moescope.engine import parameters
 from moescope.engine.decoder import Branch, DecoderSpec, MoE, RoutedAttention
 from moescope.engine.torch_decoder import TorchDecoder
 from moescope.engine.torch_operators import Call, TorchMoE
+from moescope.errors import MoescopeError
 from moescope.kernels.reference import biased_dtype
 from moescope.kernels.spec import Routing
 from moescope.variants import Edits, apply
@@ -63,6 +65,17 @@ def edited_spec(spec: DecoderSpec, edits: Edits) -> DecoderSpec:
     return replace(spec, layers=layers)
 
 
+def _check_tensors(spec: DecoderSpec, weights: Mapping[str, Tensor], edits: Edits) -> None:
+    """Refuse an edit that asks for what the checkpoint does not hold."""
+    missing = [slot.name for slot in parameters.slots(spec) if slot.name not in weights]
+    for layer, branch in spec.operators():
+        moe = branch.operator
+        if isinstance(moe, MoE) and moe.shared is None and moe.router.wiring.shared_experts:
+            missing.append(f"layers.{layer}.{branch.name}.shared_expert")
+    if missing:
+        raise MoescopeError(f"variant {str(edits)!r}: this model has no tensor {missing[0]}")
+
+
 def rewired(
     decoder: TorchDecoder, edits: Edits, *, spec: DecoderSpec | None = None, layers: int = 0
 ) -> TorchDecoder:
@@ -72,6 +85,7 @@ def rewired(
     `layers` keeps only so many of the first layers. Takes no fused step.
     """
     spec = edited_spec(spec or decoder.spec, edits)
+    _check_tensors(spec, decoder.shared.weights, edits)
     if layers:
         spec = replace(spec, layers=spec.layers[:layers])
     made = TorchDecoder(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moescope.engine import sampling
 from moescope.engine.framing import frame_of
 from moescope.engine.interpreter import Draw, StepOutput
-from moescope.engine.lane import Lane, letter, policies_of
+from moescope.engine.lane import Lane, letter, policies_of, refuse_rewiring
 from moescope.engine.prompts import check_ids, common_prefix, further, prompt_of
 from moescope.engine.protocol import (
     MAX_LANES,
@@ -139,7 +139,7 @@ class Session:
             lane.take_over(source, at)
         else:
             self.interpreter.truncate(index, 0)
-        self.interpreter.set_policies(index, policies)
+        self._route(index, expression, policies)
         self.lanes[index] = lane
         self._used.add(index)
         self._compare_ids(lane)
@@ -161,12 +161,14 @@ class Session:
         """From the next token on, the lane runs under `expression`."""
         lane = self._lane(index)
         expression, policies = self._policies(expression)
-        self.interpreter.set_policies(index, policies)
+        self._route(index, expression, policies)
         lane.expression, lane.policies = expression, policies
         self._changed(lane, "variant")
 
     def set_shadows(self, expressions: Sequence[str]) -> None:
         """From the next token on, record what these variants would have picked."""
+        for expression in expressions:
+            refuse_rewiring(expression)
         parsed = dict(map(self._policies, expressions))
         if len(parsed) > MAX_LANES:
             raise MoescopeError(f"at most {MAX_LANES} shadow variants")
@@ -474,7 +476,19 @@ class Session:
         self.interpreter.open(*wanted)
         self._opened = wanted
         for lane in self.lanes.values():
-            self.interpreter.set_policies(lane.index, lane.policies)
+            self._route(lane.index, lane.expression, lane.policies)
+
+    def _route(self, index: int, expression: str, policies: Sequence[RouterPolicy]) -> None:
+        """Put a lane under a variant; one that edits more than policies rebuilds the step."""
+        from moescope import variants
+
+        if variants.parse(expression).rebuilds and not hasattr(self.interpreter, "set_wiring"):
+            from moescope.engine.rewired_lanes import RewiredLanes
+
+            self.interpreter = RewiredLanes(self.interpreter)
+        self.interpreter.set_policies(index, policies)
+        if hasattr(self.interpreter, "set_wiring"):
+            self.interpreter.set_wiring(index, expression)
 
     def _same_as_first(self, position: int, token: int) -> bool:
         first = self.lanes.get(0)

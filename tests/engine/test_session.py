@@ -405,7 +405,7 @@ def test_a_refused_prompt_leaves_everything_as_it_was(request_: Generate, messag
 def test_refused_variants_and_lanes_name_the_reason() -> None:
     session, _ = run()
     for expression, message in (
-        ("router_dtype=bfloat16", "router_dtype: expected a field of the router's policy"),
+        ("router_dtype=bfloat16", "a variant that rewires the decoder needs torch"),
         ("no_such_thing", "unknown name"),
         ("num_experts_per_tok=99", "num_experts_per_tok"),
         ("trained,logits_bf16@40-47", "'logits_bf16@40-47': expected layers with a router, 0 to"),
