@@ -1,10 +1,11 @@
 """Two lanes side by side: where they part, and how far their routers agree.
 
-Pure functions over frames, and `Pairing`, which takes frames as they come at some 100 µs each.
-Frames are compared at equal positions. While both lanes were fed the same ids, what differs is the
-routers' doing; after that lanes read different texts, and their figures are kept apart as
-compounded. A *flip* is another set of experts for the same ids; why it came is asked of a judge
-(`causes.py`). `compare_run.py` runs lanes. Letters: L routers, A and B picks of the two lanes.
+Pure functions over frames, and `Pairing`, which takes frames as they come at some 150 µs each, or
+many tokens at once as columns (`rows.py`). Tokens are compared at equal positions. While both lanes
+were fed the same ids, what differs is the routers' doing; after that lanes read different texts,
+and their figures are kept apart as compounded. A *flip* is another set of experts for the same ids;
+why it came is asked of a judge (`causes.py`). `compare_run.py` runs lanes. Letters: T tokens, L
+routers.
 """
 
 from __future__ import annotations
@@ -17,14 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.diagnosis.rows import SUMS, Rows, decisions, of_frame
 from moescope.trace.frames import Frame, RouterInfo
-
-# Sums over tokens that an agreement is made of; each row counts L routers.
-_SUMS = (
-    *("tokens", "same_set", "same_order", "overlap", "jaccard", "same_top1"),
-    *("weight_tokens", "weight_difference", "score_sum_a", "score_sum_b"),
-)
-
 
 LISTED = 1000  # flips that are kept one by one
 MARGINS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, math.inf)  # upper ends of bins
@@ -128,7 +123,7 @@ class Pairing:
         self.first: Divergence | None = None
         self.ids_part_at: int | None = None
         self.tokens = 0
-        self._sums = np.zeros((2, len(_SUMS), len(self.layers)))  # same ids, compounded
+        self._sums = np.zeros((2, len(SUMS), len(self.layers)))  # same ids, compounded
         self._waiting: tuple[dict[int, Frame], dict[int, Frame]] = ({}, {})
         self._kl: list[float] = []
         self._top1 = [0, 0]  # agreed, compared
@@ -146,7 +141,34 @@ class Pairing:
             logits = frame.logits if self.judge is not None else None
             self._waiting[side][frame.position] = replace(frame, logits=logits, alternatives=())
             return
-        self._compare(*((partner, frame) if side else (frame, partner)))
+        a, b = (partner, frame) if side else (frame, partner)
+        self.variants = [a.variant, b.variant]
+        self.compare(of_frame(a), of_frame(b), (a, b))
+
+    def compare(self, a: Rows, b: Rows, frames: tuple[Frame, Frame] | None = None) -> None:
+        """Take rows of both lanes at equal positions, in their order. A judge is asked where the
+        one token they hold is given as `frames` too."""
+        differs = a.token_id != b.token_id
+        if differs.any():
+            at = int(a.position[int(differs.argmax())])
+            self.ids_part_at = at if self.ids_part_at is None else min(at, self.ids_part_at)
+        apart = np.zeros(len(a.position), np.bool_)
+        if self.ids_part_at is not None:
+            apart = a.position >= self.ids_part_at
+        self.tokens += len(apart)
+        found = decisions(a, b)
+        stacked = np.stack([found[name] for name in SUMS])  # [sums, T, L]
+        for which, rows in enumerate((~apart, apart)):
+            self._sums[which] += stacked[:, rows].sum(1)
+        alike = ~apart
+        if alike.any():
+            self._find_flips(a[alike], b[alike], {k: v[alike] for k, v in found.items()}, frames)
+            kl, top1 = b.kl[alike], b.top1[alike]
+            self._kl += kl[~np.isnan(kl)].tolist()
+            self._top1[0] += int(np.nansum(top1))
+            self._top1[1] += int((~np.isnan(top1)).sum())
+        if self.rows is not None:
+            self.rows += [_row(a, b, t, bool(apart[t]), found) for t in range(len(apart))]
 
     def result(self) -> Comparison:
         """What was found so far."""
@@ -177,72 +199,63 @@ class Pairing:
             top1_agrees=self._top1[0] / self._top1[1] if self._top1[1] else None,
         )
 
-    def _compare(self, a: Frame, b: Frame) -> None:
-        self.variants = [a.variant, b.variant]
-        self.tokens += 1
-        known = self.ids_part_at is not None and a.position >= self.ids_part_at
-        if a.token_id != b.token_id and not known:
-            self.ids_part_at = a.position
-        apart = known or a.token_id != b.token_id
-        found = decisions(a, b)
-        self._sums[int(apart)] += np.stack([found[name] for name in _SUMS])
-        if not apart:
-            self._find_flips(a, b, found)
-        if self.rows is not None:
-            self.rows.append(_row(a, b, apart, found))
-        if b.kl is not None and not apart:
-            self._kl.append(b.kl)
-        if b.top1_agrees is not None and not apart:
-            self._top1[0] += b.top1_agrees
-            self._top1[1] += 1
-
-    def _find_flips(self, a: Frame, b: Frame, found: Mapping[str, NDArray[np.float64]]) -> None:
-        decided = found["tokens"] > 0
+    def _find_flips(
+        self,
+        a: Rows,
+        b: Rows,
+        found: Mapping[str, NDArray[np.float64]],
+        frames: tuple[Frame, Frame] | None,
+    ) -> None:
+        decided = found["tokens"] > 0  # [T, L]
         flipped = decided & (found["same_set"] == 0)
         known = decided & np.isfinite(a.margin)
         places = np.searchsorted(MARGINS, a.margin, side="right").clip(max=len(MARGINS) - 1)
         self._bins[0] += np.bincount(places[known], minlength=len(MARGINS))
-        if not flipped.any():
-            return
         self._bins[1] += np.bincount(places[known & flipped], minlength=len(MARGINS))
-        routers = np.flatnonzero(flipped).tolist()
-        causes = self.judge(a, b, routers) if self.judge is not None else [""] * len(routers)
-        for router, cause in zip(routers, causes, strict=True):
+        where = np.argwhere(flipped).tolist()
+        if self.judge is not None and frames is not None:
+            causes = self.judge(*frames, [router for _, router in where])
+        else:
+            causes = [""] * len(where)
+        for (t, router), cause in zip(where, causes, strict=True):
             self._causes[router][cause] = self._causes[router].get(cause, 0) + 1
-            flip = self._flip(a, b, router, cause)
-            if len(self._flips) < LISTED:
-                self._flips.append(flip)
-            first = self.first
-            if first is None or (a.position, router) < (first.position, first.router):
-                self.first = flip
+            place = (int(a.position[t]), router)
+            first = self.first is None or place < (self.first.position, self.first.router)
+            if first or len(self._flips) < LISTED:
+                flip = self._flip(a, b, t, router, cause)
+                self.first = flip if first else self.first
+                self._flips += [flip] if len(self._flips) < LISTED else []
 
-    def _flip(self, a: Frame, b: Frame, router: int, cause: str) -> Divergence:
+    def _flip(self, a: Rows, b: Rows, t: int, router: int, cause: str) -> Divergence:
         return Divergence(
-            position=a.position,
+            position=int(a.position[t]),
             router=router,
             layer=self.layers[router],
-            margin_a=_number(a.margin[router]),
-            margin_b=_number(b.margin[router]),
-            experts_a=tuple(int(e) for e in a.expert_ids[router] if e >= 0),
-            experts_b=tuple(int(e) for e in b.expert_ids[router] if e >= 0),
+            margin_a=_number(a.margin[t, router]),
+            margin_b=_number(b.margin[t, router]),
+            experts_a=tuple(int(e) for e in a.expert_ids[t, router] if e >= 0),
+            experts_b=tuple(int(e) for e in b.expert_ids[t, router] if e >= 0),
             cause=cause,
         )
 
 
-def _row(a: Frame, b: Frame, apart: bool, found: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+def _row(
+    a: Rows, b: Rows, t: int, apart: bool, found: Mapping[str, NDArray[np.float64]]
+) -> dict[str, Any]:
     """One token, layer by layer, as JSON values."""
     flags = ("same_set", "same_order")
     numbers = ("jaccard", "weight_difference", "score_sum_a", "score_sum_b")
+    known = not apart and not math.isnan(b.top1[t])
     return {
-        "position": a.position,
-        "token_ids": [a.token_id, b.token_id],
+        "position": int(a.position[t]),
+        "token_ids": [int(a.token_id[t]), int(b.token_id[t])],
         "same_ids": not apart,
-        "kl": None if b.kl is None or apart else _number(b.kl),
-        "top1_agrees": None if apart else b.top1_agrees,
-        **{name: [bool(value) for value in found[name]] for name in flags},
-        **{name: [round(float(value), 6) for value in found[name]] for name in numbers},
-        "margin_a": [_number(value) for value in a.margin],
-        "margin_b": [_number(value) for value in b.margin],
+        "kl": None if apart else _number(b.kl[t]),
+        "top1_agrees": bool(b.top1[t]) if known else None,
+        **{name: [bool(value) for value in found[name][t]] for name in flags},
+        **{name: [round(float(value), 6) for value in found[name][t]] for name in numbers},
+        "margin_a": [_number(value) for value in a.margin[t]],
+        "margin_b": [_number(value) for value in b.margin[t]],
     }
 
 
@@ -252,42 +265,6 @@ def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
         for name, count in each.items():
             total[name] = total.get(name, 0) + count
     return total
-
-
-def decisions(a: Frame, b: Frame) -> dict[str, NDArray[np.float64]]:
-    """How each router's decision in `a` agrees with that in `b`: `_SUMS` for one token, each [L].
-
-    A router that decided nothing valid in either frame counts nowhere.
-    """
-    ids_a, ids_b = a.expert_ids, b.expert_ids
-    used_a, used_b = ids_a >= 0, ids_b >= 0
-    match = (ids_a[:, :, None] == ids_b[:, None, :]) & used_a[:, :, None]  # [L, A, B]
-    count_a, count_b = used_a.sum(1), used_b.sum(1)
-    shared = match.sum((1, 2))
-    larger = np.maximum(count_a, count_b)
-    valid = (count_a > 0) & (count_b > 0)
-    width = min(ids_a.shape[1], ids_b.shape[1])
-    in_order = (ids_a[:, :width] == ids_b[:, :width]).all(1) & (count_a == count_b)
-    found = {
-        "tokens": valid,
-        "same_set": valid & (shared == larger),
-        "same_order": valid & in_order,
-        "overlap": np.where(valid, shared / np.maximum(larger, 1), 0.0),
-        "jaccard": np.where(valid, shared / np.maximum(count_a + count_b - shared, 1), 0.0),
-        "same_top1": valid & (ids_a[:, 0] == ids_b[:, 0]),
-        "score_sum_a": np.where(valid, a.score_sum, 0.0),
-        "score_sum_b": np.where(valid, b.score_sum, 0.0),
-        "weight_tokens": np.zeros(len(ids_a)),
-        "weight_difference": np.zeros(len(ids_a)),
-    }
-    if a.weights is not None and b.weights is not None:
-        of_b = (match * b.weights[:, None, :]).sum(2)  # what B gave A's experts
-        distance = (np.abs(a.weights - of_b) * used_a).sum(1)
-        distance += (np.abs(b.weights) * (used_b & ~match.any(1))).sum(1)
-        union = np.maximum(count_a + count_b - shared, 1)
-        found["weight_tokens"] = valid.astype(float)
-        found["weight_difference"] = np.where(valid, distance / union, 0.0)
-    return {name: np.asarray(value, np.float64) for name, value in found.items()}
 
 
 def compare_lanes(
@@ -327,7 +304,7 @@ def _agreements(sums: NDArray[np.float64]) -> Agreements:
 
 
 def _agreement(sums: NDArray[np.float64], routers: int) -> Agreement:
-    values = dict(zip(_SUMS, sums.tolist(), strict=True))
+    values = dict(zip(SUMS, sums.tolist(), strict=True))
     decided, weighed = values.pop("tokens"), values.pop("weight_tokens")
     if not decided:
         return Agreement(0)

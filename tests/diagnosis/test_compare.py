@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from moescope.diagnosis.compare import (
     Pairing,
     compare_lanes,
-    decisions,
     first_divergence,
 )
 from moescope.diagnosis.compare_run import judge_of, run_compare
+from moescope.diagnosis.rows import decisions, of_frame
 from moescope.engine.protocol import Generate, Sampling
 from moescope.errors import ExitCode, MoescopeError
 from moescope.trace.frames import Frame
@@ -66,7 +66,7 @@ def picks(draw: st.DrawFn, width: int) -> tuple[list[int], list[float]]:
 def test_decisions_against_a_slow_twin(a: Any, b: Any) -> None:
     left = frame(0, 0, [ids for ids, _ in a], [weights for _, weights in a])
     right = frame(1, 0, [ids for ids, _ in b], [weights for _, weights in b])
-    found = decisions(left, right)
+    found = {name: rows[0] for name, rows in decisions(of_frame(left), of_frame(right)).items()}
     for router in range(3):
         chosen = []
         for side in (left, right):
