@@ -61,7 +61,7 @@ class NativeStep:
     @classmethod
     def why_not(cls, shared: Shared) -> str:
         """Why the step does not cover a decoder; "" where it does."""
-        if shared.device != "cpu":
+        if not shared.device.startswith("cpu"):
             return f"device {shared.device}: native kernels are for CPUs"
         if os.environ.get("MOESCOPE_NATIVE") == "0":
             return "MOESCOPE_NATIVE=0"

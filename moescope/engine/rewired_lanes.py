@@ -29,6 +29,8 @@ OWN = ("spec", "routers", "policies", "_interned")
 class RewiredLanes:
     """An `Interpreter` over `base`, a `TorchDecoder`; asks it for everything but this."""
 
+    expects = False  # `run` takes no `next_ids`: all logits of a prompt are kept
+
     def __init__(self, base: Any) -> None:
         if not hasattr(base, "operators"):
             raise MoescopeError(

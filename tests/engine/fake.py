@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from moescope.engine.interpreter import Draw, Router, StepOutput
 from moescope.engine.protocol import Loading, LoadRequest
+from moescope.engine.sampling import Expectation, largest
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels import route
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
@@ -40,9 +41,10 @@ def spec(**policy: Any) -> RouterSpec:
 
 
 class FakeInterpreter:
-    """Lanes of hidden vectors. `poison` (a token id) makes the router of layer 1 give NaN."""
+    """Lanes of hidden vectors. `poison` (a token id) makes the router of layer 1 give NaN. With
+    `expects`, it keeps no logits of a prompt."""
 
-    device, dtype, draws = "cpu", "float32", False
+    device, dtype, draws, expects = "cpu", "float32", False, False
 
     def __init__(self, seed: int = 0, poison: int | None = None, sharpness: float = 3.0) -> None:
         random = np.random.default_rng(seed)
@@ -82,7 +84,9 @@ class FakeInterpreter:
         all_logits: bool = False,
         record: RecordLevel = "weights",
         draws: Sequence[Draw] | None = None,
+        next_ids: NDArray[np.int64] | None = None,
     ) -> StepOutput:
+        assert next_ids is None or self.expects
         self.calls.append((tuple(lanes), token_ids.shape[1]))
         self.hook(self)
         rows = [
@@ -97,8 +101,14 @@ class FakeInterpreter:
         }
         bad = np.isnan(stacked["score_sum"]).any(axis=(0, 1))
         shadows = self._shadowed(stacked["logits"]) if self.shadows else {}
+        expected = None
+        if next_ids is not None:
+            assert next_ids.shape == token_ids.shape
+            expected = [_told(*row) for row in zip(logits, next_ids.tolist(), strict=True)]
+            logits = logits[:, -1:]
         return StepOutput(
             logits=logits if all_logits else logits[:, -1:],
+            expected=expected,
             invalid_router=int(bad.argmax()) if bad.any() else None,
             router_logits=stacked.pop("logits"),
             **stacked,
@@ -172,6 +182,18 @@ def _wide(values: NDArray[Any], name: str, top_k: int) -> NDArray[Any]:
         return values
     fill = -1 if name == "expert_ids" else 0
     return np.pad(values, ((0, 0), (0, top_k - values.shape[1])), constant_values=fill)
+
+
+def _told(rows: NDArray[np.float32], nexts: Sequence[int]) -> list[Expectation | None]:
+    """What is kept of the rows of a prompt: the last whole, of others what frames tell."""
+    found: list[Expectation | None] = [Expectation.of(row) for row in rows]
+    for at, token in enumerate(nexts[:-1]):
+        if (whole := found[at]) is not None:
+            best = largest(rows[at], 8).tolist()
+            after = (token, float(rows[at][token]), whole.rank(token))
+            values = rows[at][best].tolist()
+            found[at] = Expectation(None, whole.log_sum, best, values, after)
+    return found
 
 
 def _rows(values: list[Any], name: str) -> NDArray[Any]:

@@ -108,6 +108,17 @@ def test_decoding_is_that_of_the_torch_operators(folder: Path, family: str) -> N
 
 
 @needs_library
+def test_one_cpu_by_its_number_decodes_natively(folder: Path) -> None:
+    path = tiny_checkpoint("olmoe", folder / "numbered")
+    asked = LoadRequest(str(path), device="cpu", devices=("cpu:0",), dtype="float32")
+    model, same = load_model(asked).interpreter, decoder(folder, threads=2)
+    assert model.device == "cpu:0" and isinstance(model.step, NativeStep)
+    model.open(1, 64)
+    model.run([0], IDS[:1, :9]), same.run([0], IDS[:1, :9])
+    walk([model, same], [0], 5)
+
+
+@needs_library
 @pytest.mark.parametrize("isa", native.instruction_sets())
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_has_the_same_rounding_points(

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescope import variants
-from moescope.engine import sampling
-from moescope.engine import session as session_module
+from moescope.engine import sampling, stepping
 from moescope.engine.interpreter import Draw
 from moescope.engine.protocol import (
     Finished,
@@ -126,7 +125,7 @@ def test_a_fork_is_what_a_rerun_with_the_switch_there_would_be(position: int, in
     rerun = Session(fake(), FakeTokenizer())
     rerun.start(Generate(PROMPT, sampling=HOT))
     frames: list[Frame] = []
-    with patch.object(session_module, "CHUNK", 1):  # so that it can switch inside the prompt
+    with patch.object(stepping, "CHUNK", 1):  # so that it can switch inside the prompt
         while rerun.running:
             if len(frames) == position:
                 rerun.set_variant(0, EXPRESSIONS[index])
@@ -536,6 +535,32 @@ def test_a_full_disk_stops_the_recording_and_not_the_generation() -> None:
     assert notes == ["disk full: recording stopped at token 10; the file is good"]
     assert session.recorder.failure is not None
     assert session.recorder.failure.code == ExitCode.OUTPUT
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 128])
+def test_a_prompt_of_which_no_logits_are_kept_is_told_alike(chunk: int) -> None:
+    """Whole rows, or only what frames tell: the same frames, over turns, forks and forced ids."""
+    stories = []
+    for expects in (False, True):
+        model = fake()
+        model.interpreter.expects = expects
+        with patch.object(stepping, "CHUNK", chunk):
+            session = Session(model, FakeTokenizer())
+            frames = list(session.generate(Generate(PROMPT, sampling=HOT), force_ids=[3, 9, 4]))
+            more = Generate("and then", continues=True, sampling=HOT)
+            frames += session.generate(more)
+            session.add_lane("trained", fork_of=0, position=len(PROMPT) - 2)
+            session.set_variant(1, "softmax_over_selected")
+            while session.running:
+                frames += session.step()
+        stories.append(frames)
+    assert len(stories[0]) == len(stories[1]) > 60
+    for whole, told in zip(*stories, strict=True):
+        assert (whole.token_id, whole.rank, whole.lane) == (told.token_id, told.rank, told.lane)
+        assert whole.logprob == pytest.approx(told.logprob)
+        ids, logprobs = zip(*whole.alternatives, strict=True)
+        assert ids == tuple(i for i, _ in told.alternatives)
+        assert logprobs == pytest.approx([p for _, p in told.alternatives])
 
 
 @pytest.mark.parametrize("level", ["ids", "weights", "logits"])

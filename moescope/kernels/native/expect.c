@@ -32,8 +32,8 @@ static void likeliest(const float *x, int64_t n, const float *most, int count, i
     }
 }
 
-void mk_conclude(const float *x, int64_t n, const float *most, const float *sum,
-                 const mk_expected *out, int64_t row) {
+void mk_conclude(const mk_isa *isa, const float *x, int64_t n, const float *most,
+                 const float *sum, const mk_expected *out, int64_t row) {
     size_t blocks = mk_blocks(n);
     float top = -INFINITY;
     bool odd = false;
@@ -50,16 +50,9 @@ void mk_conclude(const float *x, int64_t n, const float *most, const float *sum,
     int64_t first = row * out->count;
     likeliest(x, n, most, out->count, out->ids + first, out->values + first);
     if (out->next == NULL || out->next[row] < 0) return;
-    int64_t next = out->next[row], before = 0;
-    float value = x[next];
-    for (size_t b = 0; b < blocks; b++) {
-        if (most[b] < value) continue;
-        int64_t end = (int64_t)(b + 1) * MK_BLOCK < n ? (int64_t)(b + 1) * MK_BLOCK : n;
-        for (int64_t i = (int64_t)b * MK_BLOCK; i < end; i++)
-            before += x[i] > value || (x[i] == value && i < next);
-    }
-    out->told[row] = value;
-    out->rank[row] = (int32_t)(1 + before);
+    int64_t next = out->next[row];
+    out->told[row] = x[next];
+    out->rank[row] = (int32_t)(1 + isa->ahead(x, n, x[next], next));
 }
 
 typedef struct {
@@ -87,7 +80,7 @@ static void expect_row(void *given, int row, int thread) {
         x = wide;
     }
     j->isa->sum_up(x, in->n, most, sum);
-    mk_conclude(x, in->n, most, sum, j->out, row);
+    mk_conclude(j->isa, x, in->n, most, sum, j->out, row);
 }
 
 static int next(void *given, mk_chunk *chunk) {

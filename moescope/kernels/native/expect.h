@@ -11,7 +11,7 @@
 MK_INLINE size_t mk_blocks(int64_t n) { return (size_t)((n + MK_BLOCK - 1) / MK_BLOCK); }
 
 /* The row's answers from what `sum_up` found of its blocks: most and sum [mk_blocks(n)]. */
-void mk_conclude(const float *x, int64_t n, const float *most, const float *sum,
-                 const mk_expected *out, int64_t row);
+void mk_conclude(const mk_isa *isa, const float *x, int64_t n, const float *most,
+                 const float *sum, const mk_expected *out, int64_t row);
 
 #endif

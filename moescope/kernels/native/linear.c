@@ -105,6 +105,7 @@ void mk_expect_chunk(void *step, int n, int thread) {
     (void)thread;
     mk_step *s = step;
     size_t first = (size_t)n * s->block_stride;
-    mk_conclude(s->logits + (size_t)n * (size_t)s->op->rows, s->op->rows, s->block_most + first,
-                s->block_sum + first, s->expected, n);
+    const float *logits = s->logits + (size_t)n * (size_t)s->op->rows;
+    mk_conclude(s->isa, logits, s->op->rows, s->block_most + first, s->block_sum + first,
+                s->expected, n);
 }

@@ -36,6 +36,8 @@ typedef struct {
     /* sum of P (log P - log Q) over n pairs of logits, P = exp(p - log_sum_p); `apart` is
      * log_sum_q - log_sum_p */
     double (*diverge)(const float *p, const float *q, int64_t n, float log_sum_p, float apart);
+    /* how many of x[0 .. at - 1] are `value` or more, and of x[at .. n - 1] more */
+    int64_t (*ahead)(const float *x, int64_t n, float value, int64_t at);
     /* touches every line and does nothing with it */
     uint64_t (*read)(const void *from, size_t bytes);
 } mk_isa;

@@ -85,6 +85,7 @@ const mk_isa mk_avx2 = {
     plain_exp_sum,
     plain_sum_up,
     plain_diverge,
+    plain_ahead,
     plain_read,
 };
 #endif

@@ -96,6 +96,7 @@ const mk_isa mk_avx512 = {
     plain_exp_sum,
     plain_sum_up,
     plain_diverge,
+    plain_ahead,
     plain_read,
 };
 
@@ -108,6 +109,7 @@ const mk_isa mk_avx512_bf16 = {
     plain_exp_sum,
     plain_sum_up,
     plain_diverge,
+    plain_ahead,
     plain_read,
 };
 #endif

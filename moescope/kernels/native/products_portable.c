@@ -96,5 +96,6 @@ const mk_isa mk_portable = {
     plain_exp_sum,
     plain_sum_up,
     plain_diverge,
+    plain_ahead,
     plain_read,
 };

@@ -87,6 +87,13 @@ static TARGET double NAME(diverge)(const float *p, const float *q, int64_t n, fl
     return sum;
 }
 
+static TARGET int64_t NAME(ahead)(const float *x, int64_t n, float value, int64_t at) {
+    int32_t count = 0;
+    for (int64_t i = 0; i < at; i++) count += x[i] >= value;
+    for (int64_t i = at; i < n; i++) count += x[i] > value;
+    return count;
+}
+
 static TARGET uint64_t NAME(read)(const void *from, size_t bytes) {
     const uint64_t *p = from;
     uint64_t sums[32] = {0};
