@@ -245,15 +245,26 @@ TEXTS = {
 }
 
 
+SPACE = re.compile(r"\b(device|threadgroup|thread|constant)\b( const)?$")
+TYPED = re.compile(
+    r"\b(float|int|uint|ulong|bool|Pair|Power|Policy|Shared)(\* \w+| \(&\w+\)| ?& ?\w+)"
+)
+
+
+def unqualified(code: str) -> list[str]:
+    """Pointers and references to a type that is named, without an address space before it."""
+    found = (m for m in TYPED.finditer(re.sub(r"//.*", "", code)))
+    return [m[0] for m in found if not SPACE.search(m.string[: m.start()].rstrip())]
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_pointer_and_reference_names_its_address_space(name: str) -> None:
     """Metal asks for it, C++ cannot check it."""
-    code = re.sub(r"//.*", "", TEXTS[name])
-    for found in re.finditer(r"[\w:]+(?: const)?\s*[*&]\s*\(?[*&]?\w+", code):
-        before = code[: found.start()].splitlines()[-1] if code[: found.start()] else ""
-        declared = re.match(r"(float|int|uint|ulong|bool|Pair|Power|Policy|Shared)\b", found[0])
-        if declared:
-            assert re.search(r"\b(device|threadgroup|thread|constant)\b[ \w]*$", before), found[0]
+    assert unqualified(TEXTS[name]) == []
+    for space in ("threadgroup ", "thread const ", "thread ", "device "):
+        for declared in re.findall(rf"{space}\w+(?:\*| \(&)", TEXTS[name]):
+            bare = declared.removeprefix(space)
+            assert unqualified(TEXTS[name].replace(declared, bare, 1)), declared
 
 
 @pytest.mark.parametrize("name", TEXTS)
