@@ -171,10 +171,11 @@ class Buffers:
         K = _most(policies.specs[lane] for lane in lanes)
         ids = host["expert_ids"][:, :, 0, :K]
         invalid = (ids[..., 0] < 0).any(axis=1)
+        sums: dict[str, Any] = {n: _by_lane(host[n][:, :, 0], np.float32) for n in SUMS}
         return StepOutput(
             logits=host["logits"][:, None].copy(),
             expert_ids=_by_lane(ids, np.int16),
-            **{name: _by_lane(host[name][:, :, 0], np.float32) for name in SUMS},
+            **sums,
             runner_up=_by_lane(host["runner_up"][:, :, 0], np.int16),
             weights=_by_lane(host["weights"][:, :, 0, :K], np.float32) if wanted else None,
             scores=_by_lane(host["scores"][:, :, 0, :K], np.float32) if wanted else None,

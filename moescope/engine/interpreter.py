@@ -73,7 +73,6 @@ class Interpreter(Protocol):
     dtype: str
     kernels: dict[str, str]  # operator -> which implementation runs; the trace records it
     draws: bool  # whether it draws tokens itself where it is told how
-    # (where it has `expects`, and that is true, it takes `next_ids`)
 
     def open(self, lanes: int, capacity: int) -> None:
         """Allocate state for `lanes` lanes of `capacity` tokens; growing loses nothing."""
@@ -93,12 +92,9 @@ class Interpreter(Protocol):
         all_logits: bool = False,
         record: RecordLevel = "weights",
         draws: Sequence[Draw] | None = None,
-        next_ids: NDArray[np.int64] | None = None,
     ) -> StepOutput:
         """Feed T tokens to each lane after what it already holds. Lanes may differ in length.
 
-        With `next_ids` [N, T], where it `expects`: logits are of the last tokens only, and
-        `expected` says what those of every token say, also of the id that comes next (-1: none).
         With `draws`, a device that can draws the next token itself, and may begin to feed it: a
         later call with the same lanes and those tokens finds it done.
         """
@@ -114,3 +110,23 @@ class Interpreter(Protocol):
 
     def cache_bytes(self, lanes: int, capacity: int) -> int:
         """Bytes of state `open` would allocate."""
+
+
+class Expecting(Interpreter, Protocol):
+    """An interpreter that need not keep the logits of a prompt."""
+
+    expects: bool  # whether it takes `next_ids` now
+
+    def run(
+        self,
+        lanes: Sequence[int],
+        token_ids: NDArray[np.int64],  # [N, T]
+        *,
+        all_logits: bool = False,
+        record: RecordLevel = "weights",
+        draws: Sequence[Draw] | None = None,
+        next_ids: NDArray[np.int64]
+        | None = None,  # [N, T], what comes after each token, -1: nothing
+    ) -> StepOutput:
+        """As `Interpreter.run`; with `next_ids`, `logits` are those of the last tokens only, and
+        `expected` says what the logits of every token say, also of the id that comes next."""

@@ -107,7 +107,8 @@ def expectations(logits: NDArray[np.float32]) -> list[Expectation | None]:
     """`Expectation.of` every row [T, V], in one call of the C library where there is one."""
     answers = None
     if logits.flags.c_contiguous:
-        answers = native_ops.expect(logits.ctypes.data, *logits.shape, ALTERNATIVES)
+        rows, size = logits.shape
+        answers = native_ops.expect(logits.ctypes.data, rows, size, ALTERNATIVES)
     if answers is None:
         return [Expectation.of(row) for row in logits]
     return expectations_of(logits, answers)
