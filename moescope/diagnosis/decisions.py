@@ -23,6 +23,7 @@ Level = Literal["weights", "order", "sets", "counts"]
 Tensors = Mapping[str, NDArray[Any]]
 TIE = 1e-5  # logits: what an exact tie, broken as the spec breaks it, counts as
 STEEP = 1e-6  # the flattest slope of a score that is told from a constant
+STEPS = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 SMALL = 0.02  # of a row's mean weight: weights below it are compared to this
 
 
@@ -31,17 +32,20 @@ class Differences:
     """`gaps` [T, C], in logits: comparisons the choice rests on. Positive: it holds by so much;
     negative: it does not, unless logits were off by so much; −inf: no such error explains it; NaN:
     no comparison. `relative` [T, K]: |recorded − given weight| / recorded, NaN where there is none.
-    `slopes` [T, K]: relative change of a weight per unit of its logit."""
+    `slopes` [T, K]: relative change of a weight per unit of its logit. `step`: the relative size of
+    the steps that the spec's dtypes leave to a weight; 0 for float32."""
 
     gaps: F64
     relative: F64
     slopes: F64
+    step: float = 0.0
 
     def error(self) -> F64:
         """The error of logits that would explain each row [T]; inf where none does."""
         with np.errstate(invalid="ignore"):
             shift = np.nan_to_num(np.where(self.gaps < 0, -self.gaps, 0.0) / 2, nan=0.0)
-            weight = np.where(np.isnan(self.relative), 0.0, self.relative / self.slopes)
+            beyond = np.maximum(self.relative - self.step, 0.0) / self.slopes
+            weight = np.where(np.isnan(self.relative), 0.0, beyond)
         most: F64 = np.maximum(shift.max(1, initial=0.0), weight.max(1, initial=0.0))
         return most
 
@@ -73,7 +77,8 @@ def differences(
             nothing = np.full(ids.shape, np.nan)
             return Differences(gaps, nothing, np.ones(ids.shape))
         given = weights_at(logits, ids, spec, tensors)
-        return Differences(gaps, _relative(weights, given, ids), _slopes(chosen, spec.policy, ids))
+        slopes = _slopes(chosen, spec.policy, ids)
+        return Differences(gaps, _relative(weights, given, ids), slopes, _step(chosen, spec))
 
 
 def weights_at(logits: NDArray[Any], ids: NDArray[Any], spec: RouterSpec, tensors: Tensors) -> F64:
@@ -265,6 +270,15 @@ def _relative(recorded: NDArray[Any], given: F64, ids: NDArray[Any]) -> F64:
     size = np.maximum(np.maximum(wide, SMALL * mean), 1e-30)
     off = np.abs(recorded - given) / size
     return np.where(used, np.where(np.isfinite(off), off, np.inf), np.nan)
+
+
+def _step(chosen: Selection, spec: RouterSpec) -> float:
+    """One unit in the last place of the coarsest dtype that a weight goes through, relative."""
+    p, wiring = spec.policy, spec.wiring
+    size = np.abs(chosen.logits[np.isfinite(chosen.logits)])
+    usual = float(np.median(size)) if size.size else 0.0
+    through_logits = max(STEPS[p.logits_dtype], STEPS[wiring.router_dtype]) * usual
+    return max(STEPS[wiring.combine_dtype], STEPS[p.score_dtype], through_logits)
 
 
 def _slopes(chosen: Selection, p: RouterPolicy, ids: NDArray[Any]) -> F64:

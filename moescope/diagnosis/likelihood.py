@@ -2,9 +2,10 @@
 
 An engine rounds; its logits differ from ours by an error whose scale s is not known. Given s, a
 comparison of two experts that stand d logits apart comes out as it should with probability
-logistic(LOGISTIC * d / s), and a recorded weight is off by a Student t of scale s. Each router's
-s is fitted, at least `floor`, so that a near tie costs little where the trace is noisy and much
-where it is exact. Rows that nothing explains cost a bounded amount.
+logistic(LOGISTIC * d / s), and a recorded weight is off by a Student t of scale s. Where dtypes are
+coarse, a weight is either the very same step or, the more likely the larger s, another one. Each
+router's s is fitted, at least `floor`, so that a near tie costs little where the trace is noisy and
+much where it is exact. Rows that nothing explains cost a bounded amount.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def fit(routers: Sequence[Differences], floor: NDArray[np.float64] | float = SMA
 
 def rows(found: Differences, scale: float) -> F64:
     """Nats of every row [T] given the scale of the noise."""
-    return _choice(found.gaps, scale) + _weights(found.relative, found.slopes, scale)
+    return _choice(found.gaps, scale) + _weights(found, scale)
 
 
 def _choice(gaps: F64, scale: float) -> F64:
@@ -68,15 +69,24 @@ def _choice(gaps: F64, scale: float) -> F64:
     return total
 
 
-def _weights(relative: F64, slopes: F64, scale: float) -> F64:
-    recorded = ~np.isnan(relative)
+def _weights(found: Differences, scale: float) -> F64:
+    recorded = ~np.isnan(found.relative)
     if not recorded.any():
-        return np.zeros(len(relative))
-    width = np.sqrt((scale * slopes) ** 2 + ROUNDING**2)
-    off = np.minimum(np.where(recorded, relative, 0.0), 1e6)
-    power = (FREEDOM + 1.0) / 2.0
-    nats = -np.log(width) - power * np.log1p((off / width) ** 2 / FREEDOM)
+        return np.zeros(len(found.relative))
+    off = np.minimum(np.where(recorded, found.relative, 0.0), 1e6)
+    noise, step = scale * found.slopes, found.step
+    nats = _student(off, np.sqrt(noise**2 + step**2 + ROUNDING**2))
+    if step:
+        other = noise / (noise + step)  # the chance of another step
+        same = _student(off, np.full(off.shape, ROUNDING)) + np.log1p(-other)
+        nats = np.logaddexp(same, nats + np.log(other))
     count = recorded.sum(1)
     share = np.minimum(count, COUNTED) / np.maximum(count, 1)
     total: F64 = np.where(recorded, nats, 0.0).sum(1) * share
     return total
+
+
+def _student(off: F64, width: F64) -> F64:
+    """Log density, but for a constant."""
+    nats: F64 = -np.log(width) - (FREEDOM + 1.0) / 2.0 * np.log1p((off / width) ** 2 / FREEDOM)
+    return nats
