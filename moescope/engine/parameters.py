@@ -74,22 +74,25 @@ def count(spec: DecoderSpec) -> int:
 
 def count_active(spec: DecoderSpec) -> int:
     """Parameters read for one token: K of E experts, and one row of an untied embedding."""
+    return sum(elements for _, elements in read_per_token(spec))
+
+
+def read_per_token(spec: DecoderSpec) -> Iterator[tuple[Slot, int]]:
+    """Every tensor, and how many of its elements one token reads."""
     chosen = {
         f"layers.{number}.{branch.name}.": branch.operator.router
         for number, branch in spec.operators()
         if isinstance(branch.operator, MoE | RoutedAttention)
     }
-    total = 0
     for slot in slots(spec):
         if slot.name == "embed.weight" and not spec.tied_head:
-            total += spec.hidden
+            yield slot, spec.hidden
         elif slot.per_expert:
             router = chosen[slot.name.partition("experts.")[0]]
             wanted = min(router.policy.num_experts_per_tok, router.wiring.num_experts)
-            total += slot.elements // router.wiring.num_experts * wanted
+            yield slot, slot.elements // router.wiring.num_experts * wanted
         else:
-            total += slot.elements
-    return total
+            yield slot, slot.elements
 
 
 def _of_branch(path: str, branch: Branch) -> Iterator[Slot]:

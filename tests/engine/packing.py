@@ -425,11 +425,10 @@ def expanded(form: Form, tensors: dict[str, torch.Tensor]) -> np.ndarray[Any, An
     held = quantised.held({form.key: form.config}, infos(tensors))
     assert len(held) == 1, sorted(held)
     (packed,) = (entry.readings[0] for entry in held.values())
-    assert packed.format == form.format
     arrays = {
         role: numbers.decode(
             infos(tensors)[name].dtype,
-            tensors[name].contiguous().view(torch.uint8).numpy().tobytes(),
+            tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes(),
             tuple(tensors[name].shape),
         )
         for role, name in packed.tensors

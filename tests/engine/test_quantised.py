@@ -69,6 +69,8 @@ def test_numbers_by_definition(name: str) -> None:
     form = FORMS[name]
     for seed, (rows, columns) in enumerate([(32, 64), (64, 192)]):
         tensors, values = made(form, rows, columns, seed)
+        (held,) = quantised.held({form.key: form.config}, infos(tensors)).values()
+        assert held.readings[0].format == form.format
         found = expanded(form, tensors)
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, values.numpy())

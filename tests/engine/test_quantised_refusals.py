@@ -199,3 +199,21 @@ def test_any_words_about_weights_are_read_or_refused(data: st.DataObject, name: 
         assert error.message == single_line(error.message, 1000)
     else:
         assert all(entry.shape for entry in held.values())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.sampled_from(sorted(FORMS)))
+def test_any_shapes_are_expanded_or_refused(data: st.DataObject, name: str) -> None:
+    """Whatever the headers say, what is taken as packed can be expanded."""
+    form = FORMS[name]
+    tensors, _ = made(form, 32, 64)
+    sizes = st.sampled_from([0, 1, 2, 3, 4, 8, 16, 32, 64])
+    for victim in data.draw(st.sets(st.sampled_from(sorted(tensors)), min_size=1, max_size=2)):
+        shape = data.draw(st.lists(sizes, max_size=3))
+        tensors[victim] = torch.zeros(shape, dtype=tensors[victim].dtype)
+    try:
+        held = quantised.held({form.key: form.config}, infos(tensors))
+    except MoescopeError:
+        return
+    (packed,) = (entry.readings[0] for entry in held.values() if entry.readings)
+    assert expanded(form, tensors).shape == packed.shape

@@ -13,14 +13,14 @@ from typing import Any
 
 from moescope.engine.config import bad
 from moescope.engine.header import TensorInfo
-from moescope.engine.quantised.formats import FORMATS, Format, expand
+from moescope.engine.quantised.formats import FORMATS, Format, expand, words
 from moescope.engine.quantised.packed import Group, Held, Packed
 from moescope.engine.quantised.scheme import Rule, Scheme
 from moescope.engine.quantised.settings import read_scheme
 from moescope.errors import MoescopeError
 from moescope.safety import single_line
 
-__all__ = ["Held", "Packed", "expand", "held", "notes", "read_scheme"]
+__all__ = ["Held", "Packed", "expand", "held", "notes", "read_scheme", "words"]
 
 MAIN = "weight"  # the role every format has
 PACKED = "packed"  # in place of a dtype
@@ -79,6 +79,8 @@ def _groups(name: str, format: Format, tensors: Mapping[str, TensorInfo]) -> Ite
 
 def _readings(group: Group, rules: Iterable[Rule], scheme: Scheme) -> Iterator[Packed]:
     """What the rules make of a group; those about its own module, if any, count alone."""
+    if any(0 in info.shape for info in group.tensors.values()):
+        return
     module = _module(group)
     named = {rule.path for rule in scheme.rules if rule.path is not None}
     about = module if module in named else None

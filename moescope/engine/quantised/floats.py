@@ -78,13 +78,13 @@ def fp4_readings(group: Group, size: int, *, whole: bool) -> Iterator[Packed]:
 
 def nvfp4_divided(packed: Packed, arrays: Arrays) -> Array:
     """compressed-tensors: scales are divided by the global one."""
-    scales = arrays["scale"] / _of_all(arrays["global_scale"])
+    scales = arrays["scale"] / numbers.of_all(arrays["global_scale"])
     return numbers.scaled(numbers.e2m1_pairs(arrays["weight"]), scales, packed.group_size)
 
 
 def nvfp4_multiplied(packed: Packed, arrays: Arrays) -> Array:
     """ModelOpt: scales are multiplied by the global one."""
-    scales = arrays["scale"] * _of_all(arrays["global_scale"])
+    scales = arrays["scale"] * numbers.of_all(arrays["global_scale"])
     return numbers.scaled(numbers.e2m1_pairs(arrays["weight"]), scales, packed.group_size)
 
 
@@ -92,8 +92,3 @@ def mxfp4(packed: Packed, arrays: Arrays) -> Array:
     scale = arrays["scale"]
     scales = numbers.E8M0[scale] if scale.dtype == np.uint8 else scale
     return numbers.scaled(numbers.e2m1_pairs(arrays["weight"]), scales, packed.group_size)
-
-
-def _of_all(scale: Array) -> Array:
-    """One scale, or one of each expert, to be applied to [.., rows, groups]."""
-    return scale.reshape(-1)[0] if scale.size == 1 else scale[..., None, None]

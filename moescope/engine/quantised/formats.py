@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from moescope.engine.quantised import floats, integers, mlx
 from moescope.engine.quantised.numbers import Array
 from moescope.engine.quantised.packed import Packed
@@ -33,55 +35,59 @@ class Role:
 class Format:
     """`roles` by name; the first marks a tensor as packed. What they stand for is called by their
     names with `ending` for the suffix. `by_rows`: some rows of it need the same of each tensor that
-    has as many, so that a large matrix can be expanded piece by piece."""
+    has as many, so that a large matrix can be expanded piece by piece. `title` is what it is called
+    in a few letters."""
 
+    title: str
     roles: Mapping[str, Role]
     expand: Callable[[Packed, Arrays], Array]
     ending: str = ".weight"
     by_rows: bool = True
 
 
-def _mlx(expand: Callable[[Packed, Arrays], Array], *extra: str) -> Format:
+def _mlx(title: str, expand: Callable[[Packed, Arrays], Array], *extra: str) -> Format:
     kinds = {
         "biases": Role(".biases", _FLOATS),
         "global_scale": Role(".global_scale", ("F32",), False),
     }
     scales = _FLOATS if "biases" in extra else _BYTES
     roles = {"scales": Role(".scales", scales), "weight": Role(".weight", _WORDS)}
-    return Format({**roles, **{name: kinds[name] for name in extra}}, expand)
+    return Format(title, {**roles, **{name: kinds[name] for name in extra}}, expand)
 
 
-def _gptq(expand: Callable[[Packed, Arrays], Array], **extra: Role) -> Format:
+def _gptq(title: str, expand: Callable[[Packed, Arrays], Array], **extra: Role) -> Format:
     roles = {
         "weight": Role(".qweight", _SIGNED),
         "zeros": Role(".qzeros", _SIGNED),
         "scales": Role(".scales", _FLOATS),
         **extra,
     }
-    return Format(roles, expand, by_rows=False)
+    return Format(title, roles, expand, by_rows=False)
 
 
 def _bytes(
-    expand: Callable[[Packed, Arrays], Array], scale: tuple[str, ...], whole: bool
+    title: str, expand: Callable[[Packed, Arrays], Array], scale: tuple[str, ...], whole: bool
 ) -> Format:
     """compressed-tensors: two values of 4 bits in a byte."""
     roles = {"weight": Role(".weight_packed", _BYTES), "scale": Role(".weight_scale", scale)}
     if whole:
         roles["global_scale"] = Role(".weight_global_scale", ("F32",))
-    return Format(roles, expand)
+    return Format(title, roles, expand)
 
 
 FORMATS: dict[str, Format] = {
-    "mlx affine": _mlx(mlx.affine, "biases"),
-    "mlx mxfp4": _mlx(mlx.mxfp4),
-    "mlx mxfp8": _mlx(mlx.mxfp8),
-    "mlx nvfp4": _mlx(mlx.nvfp4, "global_scale"),
+    "mlx affine": _mlx("{bits}-bit affine", mlx.affine, "biases"),
+    "mlx mxfp4": _mlx("MXFP4", mlx.mxfp4),
+    "mlx mxfp8": _mlx("MXFP8", mlx.mxfp8),
+    "mlx nvfp4": _mlx("NVFP4", mlx.nvfp4, "global_scale"),
     "MXFP4": Format(
+        "MXFP4",
         {"weight": Role("_blocks", _BYTES), "scales": Role("_scales", _E8M0)},
         floats.mxfp4_blocks,
         ending="",
     ),
     "FP8": Format(
+        "FP8",
         {
             "scale": Role("_scale_inv", (*_FLOATS, *_E8M0)),
             "weight": Role("", _E4M3),
@@ -90,6 +96,7 @@ FORMATS: dict[str, Format] = {
         ending="",
     ),
     "FP8 (weight_scale)": Format(
+        "FP8",
         {
             "scale": Role(".weight_scale", _FLOATS),
             "weight": Role(".weight", _E4M3),
@@ -97,6 +104,7 @@ FORMATS: dict[str, Format] = {
         floats.fp8,
     ),
     "packed integers": Format(
+        "{bits}-bit integers",
         {
             "weight": Role(".weight_packed", _SIGNED),
             "scale": Role(".weight_scale", _FLOATS),
@@ -107,9 +115,10 @@ FORMATS: dict[str, Format] = {
         integers.packed_integers,
         by_rows=False,
     ),
-    "NVFP4": _bytes(floats.nvfp4_divided, _E4M3, True),
-    "MXFP4 (weight_packed)": _bytes(floats.mxfp4, _E8M0, False),
+    "NVFP4": _bytes("NVFP4", floats.nvfp4_divided, _E4M3, True),
+    "MXFP4 (weight_packed)": _bytes("MXFP4", floats.mxfp4, _E8M0, False),
     "NVFP4 (ModelOpt)": Format(
+        "NVFP4",
         {
             "global_scale": Role(".weight_scale_2", ("F32",)),
             "scale": Role(".weight_scale", _E4M3),
@@ -117,8 +126,8 @@ FORMATS: dict[str, Format] = {
         },
         floats.nvfp4_multiplied,
     ),
-    "GPTQ": _gptq(integers.gptq, g_idx=Role(".g_idx", _SIGNED, required=False)),
-    "AWQ": _gptq(integers.awq),
+    "GPTQ": _gptq("{bits}-bit GPTQ", integers.gptq, g_idx=Role(".g_idx", _SIGNED, required=False)),
+    "AWQ": _gptq("{bits}-bit AWQ", integers.awq),
 }
 
 
@@ -126,4 +135,10 @@ def expand(packed: Packed, arrays: Arrays) -> Array:
     """The numbers, float32 in the shape of `arrays`: all of `packed.shape`, or those rows or those
     of its stack that the arrays are of. Arrays are as `numbers.decode` gives them, and may be
     written over. MoescopeError where the data itself is wrong."""
-    return FORMATS[packed.format].expand(packed, arrays)
+    with np.errstate(all="ignore"):  # scales of strangers may overflow; who reads them counts
+        return FORMATS[packed.format].expand(packed, arrays)
+
+
+def words(packed: Packed) -> str:
+    """`8-bit affine g64`, `FP8 128×128`."""
+    return f"{FORMATS[packed.format].title.format(bits=packed.bits)} {packed.sharing()}"

@@ -33,6 +33,9 @@ def readings(group: Group, mode: str, pair: tuple[int, int]) -> Iterator[Packed]
     biases = group.tensors.get("biases")
     if len(weight) < 2 or weight[:-1] != scales[:-1] or (biases and biases.shape != scales):
         return
+    whole = group.tensors.get("global_scale")
+    if whole is not None and whole.shape not in ((), (1,), weight[:-2]):
+        return
     bits, size = pair
     columns = scales[-1] * size
     if weight[-1] * 32 == columns * bits:
@@ -61,5 +64,5 @@ def mxfp8(packed: Packed, arrays: Arrays) -> Array:
 def nvfp4(packed: Packed, arrays: Arrays) -> Array:
     scales = numbers.E4M3[arrays["scales"]]
     if (whole := arrays.get("global_scale")) is not None:
-        scales = scales * (whole[..., None, None] / _NVFP4_RANGE)
+        scales = scales * (numbers.of_all(whole) / _NVFP4_RANGE)
     return numbers.scaled(numbers.e2m1_pairs(arrays["weight"]), scales, packed.group_size)

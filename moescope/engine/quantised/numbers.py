@@ -122,3 +122,8 @@ def scaled(values: Array, scales: Array, group: int) -> Array:
     grouped = values.reshape(*scales.shape, group)
     grouped *= scales[..., None]
     return values
+
+
+def of_all(scale: Array) -> Array:
+    """One scale, or one of each expert, to be applied to [.., rows, groups]."""
+    return scale.reshape(-1)[0] if scale.size == 1 else scale[..., None, None]

@@ -34,17 +34,13 @@ class Packed:
         """The published tensor in this role; KeyError where the format has none."""
         return dict(self.tensors)[role]
 
-    def words(self) -> str:
-        """`mlx affine, 8 bit, groups of 64`."""
-        return f"{self.format}, {self.bits} bit{self.sharing()}"
-
     def sharing(self) -> str:
-        """What shares a scale, as an end of a phrase."""
+        """What shares a scale: `g64`, `128×128`, `per row`, `per tensor`."""
         if self.group_size and self.block_rows != 1:
-            return f", blocks of {self.block_rows}×{self.group_size}"
+            return f"{self.block_rows}×{self.group_size}"
         if self.group_size:
-            return f", groups of {self.group_size}"
-        return ", a scale per row" if self.block_rows == 1 else ", one scale"
+            return f"g{self.group_size}"
+        return "per row" if self.block_rows == 1 else "per tensor"
 
 
 @dataclass(frozen=True, slots=True)
