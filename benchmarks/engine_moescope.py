@@ -14,9 +14,13 @@ from shapes import distinct_experts
 from moescope.engine.lane import policies_of
 from moescope.engine.load import load_model
 from moescope.engine.protocol import Generate, LoadRequest, Sampling
-from moescope.engine.recording import open_writer, trace_meta
+from moescope.engine.recording import Recorder, open_writer, trace_meta
 from moescope.engine.session import Session
+from moescope.trace.columns import pack
+from moescope.trace.fold import columns_of_records
 from moescope.trace.frames import Frame
+from moescope.trace.record import record
+from moescope.trace.writer import CHUNK_FRAMES
 
 CONTEXT = 1024
 Figures = dict[str, Any]
@@ -83,6 +87,75 @@ class Engine:
             "kernels": dict(self.model.interpreter.kernels),
         }
 
+    def alternate(
+        self, prompt: list[int], asks: dict[str, Figures], rounds: int, block: int, skip: int
+    ) -> Figures:
+        """One session whose recording changes every `block` steps: `asks` by name, each once a
+        round in an order of its own. `blocks` are the seconds of the steps after the first `skip`,
+        `folding` the processor time of folding a trace into chunks, a token's share."""
+        paths = {
+            name: Path(self.folder.name) / f"{place}.moetrace" for place, name in enumerate(asks)
+        }
+        recorders = {
+            name: Recorder(
+                None if ask["record"] == "off" else self._writer(paths[name], ask["record"])
+            )
+            for name, ask in asks.items()
+        }
+        session = Session(self.model, None, None, max_context=CONTEXT)
+        blocks: dict[str, list[list[float]]] = {name: [] for name in asks}
+        held: dict[str, list[Frame]] = {name: [] for name in asks}
+        order = np.random.default_rng()
+        try:
+            for _ in range(rounds):
+                for place in order.permutation(len(asks)):
+                    name = list(asks)[place]
+                    if not session.running or len(session.lanes[0].ids) + block >= session.context:
+                        self._prompt(session, prompt)
+                    steps = self._block(session, asks[name], recorders[name], block)
+                    blocks[name].append([seconds for seconds, _ in steps[skip:]])
+                    held[name] += [frame for _, frames in steps for frame in frames]
+            session.recorder = Recorder(None)
+            session.stop()
+            for recorder in recorders.values():
+                recorder.close()
+            sizes = {n: p.stat().st_size for n, p in paths.items() if p.exists()}
+        finally:
+            self.model.interpreter.set_shadows(())
+            for path in paths.values():
+                path.unlink(missing_ok=True)
+        return {
+            "blocks": blocks,
+            "folding": {n: _folding(held[n], asks[n]["record"]) for n in sizes},
+            "bytes_a_token": {n: size / len(held[n]) for n, size in sizes.items()},
+        }
+
+    def _prompt(self, session: Session, prompt: list[int]) -> None:
+        session.recorder = Recorder(None)
+        sampling = Sampling(max_new_tokens=CONTEXT)
+        session.start(Generate(prompt_ids=tuple(prompt), sampling=sampling))
+        while session.prefilling:
+            session.step()
+
+    def _block(
+        self, session: Session, ask: Figures, recorder: Recorder, steps: int
+    ) -> list[tuple[float, list[Frame]]]:
+        """Seconds and frames of some steps, recorded as asked."""
+        record, shadows = ask["record"], tuple(ask.get("shadows", ()))
+        session.recorder = recorder
+        session.record = "ids" if record == "off" else record
+        if session.shadows != shadows:
+            session.set_shadows(shadows)
+        found = []
+        now = time.perf_counter()
+        for _ in range(steps):
+            frames = session.step()
+            then, now = now, time.perf_counter()
+            found.append((now - then, frames))
+        if recorder.writer is not None:
+            recorder.writer.flush()
+        return found
+
     def bare(self, prompt: list[int], tokens: int) -> Figures:
         """The interpreter and argmax, nothing recorded and nothing told."""
         interpreter = self._emptied()
@@ -113,6 +186,17 @@ class Engine:
         return open_writer(request, meta, private=False)
 
 
+def _folding(frames: list[Frame], level: Any) -> float:
+    blobs = [record(frame, level) for frame in frames][:CHUNK_FRAMES]
+    spent = []
+    for _ in range(3):
+        began = time.thread_time()
+        for column in columns_of_records(blobs).values():
+            pack(column)
+        spent.append(time.thread_time() - began)
+    return min(spent) / len(blobs)
+
+
 def _timed(session: Session, request: Generate) -> tuple[float, list[float], list[list[Frame]]]:
     """Seconds to the first token, of every step after it, and the frames of those steps."""
     began = time.perf_counter()
@@ -130,7 +214,7 @@ def _timed(session: Session, request: Generate) -> tuple[float, list[float], lis
 
 def main() -> None:
     engine = Engine()
-    names = ("load", "decode", "bare", "logits")
+    names = ("load", "decode", "alternate", "bare", "logits")
     child.serve({name: getattr(engine, name) for name in names})
 
 

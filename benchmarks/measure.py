@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from asked import Asked
 
 QUIET = 0.10  # foreign cores a turn may have had beside it
@@ -33,6 +34,20 @@ def summary(values: Iterable[float], digits: int = 4) -> Figures:
     return {
         "median": _short(statistics.median(found), digits),
         "quartiles": [_short(low, digits), _short(high, digits)],
+        "n": len(found),
+    }
+
+
+def resampled(values: Iterable[float], draws: int = 2000) -> Figures:
+    """Median, and from resampling its standard error and 95 % interval."""
+    found = np.array(list(values))
+    picked = np.random.default_rng(0).integers(0, len(found), (draws, len(found)))
+    medians = np.median(found[picked], axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return {
+        "median": _short(float(np.median(found)), 5),
+        "interval": [_short(float(low), 5), _short(float(high), 5)],
+        "standard_error": _short(float(medians.std()), 2),
         "n": len(found),
     }
 

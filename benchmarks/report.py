@@ -171,10 +171,11 @@ def _tracing(found: dict[str, Figures]) -> Iterator[list[str]]:
         ratio = step["cost over off"].get(name)
         yield [
             name,
-            _ratio(ratio, 3),
-            _spread(ratio, 3),
-            f"{1e3 * row['step_s']['median']:.2f}",
-            f"{row['trace_bytes']['median'] / 1024:.0f}",
+            _ratio(ratio, 4),
+            _spread(ratio, 4),
+            f"{1e3 * row['step_s']:.2f}",
+            f"{1e6 * row['folding_s']:.0f}",
+            f"{row['bytes_a_token']}",
         ]
 
 
@@ -242,7 +243,10 @@ TABLES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Figures]], Iterator[lis
         _engines,
     ),
     (("lanes", "over one", "bytes", "over bytes", "experts a layer", "step, ms"), _lanes),
-    (("recording", "over off", "quartiles", "step, ms", "trace, KiB"), _tracing),
+    (
+        ("recording", "over off", "95 %", "step, ms", "folding, µs a token", "bytes a token"),
+        _tracing,
+    ),
     (
         (
             "router",
@@ -322,9 +326,9 @@ def _ratio(value: Figures | None, digits: int = 2) -> str:
 
 
 def _spread(value: Figures | None, digits: int = 2) -> str:
-    if value is None or "quartiles" not in value:
+    if value is None or not (value.keys() & {"quartiles", "interval"}):
         return ""
-    low, high = value["quartiles"]
+    low, high = value.get("interval") or value["quartiles"]
     return f"{low:.{digits}f} to {high:.{digits}f}"
 
 

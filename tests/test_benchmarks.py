@@ -81,6 +81,28 @@ def test_ratios_are_paired_by_round_and_leave_noise_out() -> None:
     assert measure.medians(turns, "a", ("rate",))["rate"]["median"] == 20.0
 
 
+def test_costs_are_paired_by_block_and_have_an_interval() -> None:
+    """A drift that all levels share is no cost; one slow block does not move a median."""
+    drift = [1.0 + 0.01 * number for number in range(40)]
+    blocks = {
+        "off": drift,
+        "ids": [base * 1.01 for base in drift],
+        "weights": [base * (3.0 if n == 7 else 1.02) for n, base in enumerate(drift)],
+        "logits": drift,
+        tracing.SHADOWS: [base * 1.02 for base in drift],
+    }
+    turn = {"blocks": blocks, "folding": {"ids": 1e-5}, "bytes_a_token": {"ids": 200.4}}
+    found = tracing.compared([turn], noisy=False)
+    costs = {name: cost["median"] for name, cost in found["cost over off"].items()}
+    assert costs == {"ids": 1.01, "weights": 1.02, "logits": 1.0}
+    assert found["4 shadows over 0"]["median"] == 1.0
+    assert found["levels"]["ids"]["bytes_a_token"] == 200
+    spread = measure.resampled([0.9, 1.1] * 200 + [1.0])
+    assert spread["interval"][0] <= spread["median"] <= spread["interval"][1]
+    few, many = (measure.resampled([0.97, 0.99, 1.0, 1.02, 1.03] * n) for n in (2, 80))
+    assert many["standard_error"] < few["standard_error"] / 3
+
+
 def test_the_report_chooses_the_best_of_a_peer_and_gives_verdicts(tmp_path: Path) -> None:
     rates = {"moescope": 30.0, "llama.cpp": 25.0, "llama.cpp, no flash attention": 28.0}
     document = {
@@ -131,9 +153,11 @@ def test_a_real_step_on_a_tiny_model(tmp_path: Path) -> None:
     asked = Asked(tmp_path, TINY, 1, prompt=4, tokens=8, skip=2, rounds=1, retries=0, settle=0)
     found = tracing.run(asked)
     assert set(found["cost over off"]) == {"ids", "weights", "logits"}
-    sizes = {name: row["trace_bytes"]["median"] for name, row in found["levels"].items()}
+    sizes = {name: row["bytes_a_token"] for name, row in found["levels"].items()}
     assert sizes["off"] == 0 < sizes["ids"] <= sizes["logits"]
-    assert all(turn["step_s"] > 0 for turn in found["turns"])
+    for turn in found["turns"]:
+        assert {len(steps) for steps in turn["blocks"].values()} == {2}
+        assert all(second > 0 for steps in turn["blocks"].values() for second in steps)
     before = (tmp_path / weights.MADE).stat().st_mtime_ns
     weights.prepare(tmp_path, TINY, gguf=False)
     assert (tmp_path / weights.MADE).stat().st_mtime_ns == before, "made twice"
