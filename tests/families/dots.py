@@ -45,3 +45,30 @@ CASES = (
         },
     ),
 )
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "dots1": {
+        "model_type": "dots1",
+        "vocab_size": 152064,
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 62,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "n_shared_experts": 2,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "noaux_tc",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "sliding_window": None,
+        "max_position_embeddings": 32768,
+        "rope_theta": 10000000,
+    },
+}
+COUNTS = {"dots1": (142.8, 13.4)}

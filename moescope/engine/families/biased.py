@@ -31,8 +31,9 @@ class Usual:
 
 
 def read_router(config: Fields, usual: Usual) -> RouterSpec:
-    """Sigmoid scores in float32; groups and experts chosen by score + bias, weighted by score."""
-    config.str("scoring_func", ("sigmoid",), default="sigmoid")
+    """Sigmoid scores in float32; groups and experts chosen by score + bias, weighted by score. Some
+    configs (dots.llm1) give the name of the method for that of the scores."""
+    config.str("scoring_func", ("sigmoid", "noaux_tc"), default="sigmoid")
     config.str("topk_method", ("noaux_tc",), default="noaux_tc")
     experts, chosen = read_counts(config, usual.chosen)
     groups, best = read_groups(config, experts, *usual.groups)
