@@ -102,6 +102,13 @@ class DropLane:
 
 
 @dataclass(frozen=True, slots=True)
+class SameTokens:
+    """From the next token on, feed every lane what lane 0 draws, or let each draw its own."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Stop generating; lanes and trace stay."""
 
@@ -111,7 +118,9 @@ class Close:
     """Commit the trace and end the engine."""
 
 
-Command = Generate | Pause | Resume | Step | SetVariant | AddLane | DropLane | Stop | Close
+Command = (
+    Generate | Pause | Resume | Step | SetVariant | AddLane | DropLane | SameTokens | Stop | Close
+)
 
 # --- events, engine to screen -------------------------------------------------------------------
 

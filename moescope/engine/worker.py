@@ -36,6 +36,7 @@ from moescope.engine.protocol import (
     Newest,
     Pause,
     Resume,
+    SameTokens,
     SetVariant,
     Step,
     Stop,
@@ -166,6 +167,7 @@ class Engine:
             SetVariant: lambda c: session.set_variant(c.lane, c.expression),
             AddLane: lambda c: session.add_lane(c.expression, c.fork_of, c.position),
             DropLane: lambda c: session.drop_lane(c.lane),
+            SameTokens: lambda c: setattr(session, "same_tokens", c.on),
             Stop: lambda _: session.stop(),
         }
 

@@ -110,15 +110,19 @@ MAIN = (
 
 COMPARE = (
     Key("pause", "space", "pause", "Pause", "Pause, or go on.", True, "space"),
-    Key("token_back", "left_square_bracket", "token(-1)", "Back", "Previous token.", True, "["),
+    Key("token_back", "left_square_bracket", "token(-1)", "Back", "Previous token.", shown="["),
     Key("token_on", "right_square_bracket", "token(1)", "On", "Next token.", True, "]"),
     Key("diff_back", "left_curly_bracket", "difference(-1)", "Difference back", shown="{"),
-    Key("diff_on", "right_curly_bracket", "difference(1)", "Difference", "Next one.", True, "}"),
+    Key("diff_on", "right_curly_bracket", "difference(1)", "Next ≠", "Difference.", True, "}"),
+    Key("first", "g", "first", "First ≠", "The first other experts on the same tokens.", True),
     Key("layer_up", "up,k", "layer(-1)", "Layer up", shown="↑"),
     Key("layer_down", "down,j", "layer(1)", "Layer down", shown="↓"),
-    Key("swap", "x", "swap", "Swap", "The two lanes change sides.", True),
+    Key("shape", "d", "mode", "View", "Experts of one lane only, layers, each lane.", True, "d"),
+    Key(
+        "same", "t", "same_tokens", "Same tokens", "All lanes fed A's text, or each its own.", True
+    ),
+    Key("swap", "x", "swap", "Swap", "The two lanes change sides."),
     Key("other", "w", "other", "Other lane", "Which lane stands on the right."),
-    Key("shape", "d", "mode", "A xor B", "Difference, A alone, B alone.", True, "d"),
     Key("add_lane", "plus", "add_lane", "Add lane", "A lane under any expression.", shown="+"),
     Key("follow", "f", "follow", "Follow", "Stay at the newest token."),
     Key("rerun", "r", "rerun", "Rerun", "All lanes, the same prompt."),

@@ -54,6 +54,7 @@ class Watch:
         self.sampling = p.Sampling(temperature=0.0)
         self.turns: list[tuple[str, str]] = []
         self.chat = False
+        self.same_tokens = False  # every lane is fed what lane 0 draws
         self.demo = False  # the embedded model: starts by itself
         self.opening = ""  # a prompt to begin with
         self.trace_path: Path | None = None

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from moescope.engine import protocol as p
 from moescope.trace.memory import MemoryTrace
-from moescope.ui import compare_view, routers
+from moescope.ui import compare_layers, compare_view, routers
+from moescope.ui.compare_layers import LaneItem, LanesData
 from moescope.ui.compare_view import Pair
 from moescope.ui.history import History
 from moescope.ui.screens.compare import CompareScreen
 from moescope.ui.view import Cursor
 from moescope.ui.widgets.agreement_panel import AgreementPanel
+from moescope.ui.widgets.compare_panels import LanesBar, LayersPanel, entries, fitting
 from moescope.ui.widgets.expert_map import ExpertMap
 from moescope.ui.widgets.score_plot import ScorePlot
 from moescope.ui.widgets.transcript import Transcript
-from tests.ui.piloted import replaying, running, wait_for
+from tests.ui.piloted import replaying, running, text_of, wait_for
 from tests.ui.recorded import STORY, frames_of, meta_of
 
 PART = 30
@@ -54,7 +57,7 @@ def test_the_map_shows_what_only_one_lane_chose():
         assert set(np.flatnonzero(data.marks[router] == 2)) == b - a
         assert data.right is not None and data.right[router] == f"{len(a - b)}/4"
     assert not compare_view.difference_map(pair, 20, "xor", Cursor()).marks.any()
-    assert (compare_view.difference_map(pair, 40, "B", Cursor()).marks == 2).sum() == 24
+    assert (compare_view.difference_map(pair, 40, "right", Cursor()).marks == 2).sum() == 24
 
 
 def test_the_numbers_keep_the_common_text_and_the_rest_apart():
@@ -90,19 +93,161 @@ async def test_a_recording_of_two_lanes_opens_side_by_side():
         assert screen.query_one(AgreementPanel).data is not None
         await pilot.press("x")
         assert "softmax over the selected" in left.data.title
-        await pilot.press("d")
+        await pilot.press("d", "d")
         assert (screen.query_one(ExpertMap).data.marks == 1).sum() == 24
         await pilot.press("j", "left_square_bracket", "f", "escape")
         assert main.app.screen is main
 
 
-async def test_small_terminals_show_texts_and_numbers():
-    async with replaying(parting(), size=(80, 24)) as (main, pilot):
+def flipping(tokens: int = 40, first: int = 12) -> MemoryTrace:
+    """Lane 1 takes one expert fewer from token `first` on; the text stays the same. Lane 2 never
+    differs."""
+    meta = meta_of()
+    trace = MemoryTrace(meta)
+    name = "num_experts_per_tok=3"
+    lane_a, lane_c = frames_of(meta, tokens), frames_of(meta, tokens, lane=2)
+    lane_b = frames_of(meta, tokens, lane=1)[:first]
+    lane_b += frames_of(meta, tokens, lane=1, variant=name)[first:]
+    for frames in zip(lane_a, lane_b, lane_c, strict=True):
+        for frame in frames:
+            trace.append(frame)
+    return trace
+
+
+def test_the_table_says_what_differs_why_and_by_how_much():
+    trace = flipping()
+    pair = pair_of(trace)
+    history = History(trace.meta, trace)
+    history.pull()
+    a, b = history.lane(0), history.lane(1)
+    assert a is not None and b is not None
+    whys = compare_layers.causes_at(pair.table, history, a, b, 20)
+    assert whys == dict.fromkeys(range(6), "gate")
+    assert compare_layers.causes_at(pair.table, history, a, b, 5) == {}
+    data = compare_layers.layers_data(pair, 20, 1, whys)
+    frame_a, frame_b = trace.frame(60), trace.frame(61)
+    for router, row in enumerate(data.rows):
+        assert (row.differ, row.of, row.why, row.flips) == (1, 4, "gate", 28)
+        assert row.sums == (
+            pytest.approx(frame_a.score_sum[router]),
+            pytest.approx(frame_b.score_sum[router]),
+        )
+        assert row.margin == pytest.approx(frame_a.margin[router])
+        assert row.same == pytest.approx(12 / 40)
+    assert not any(row.differ for row in compare_layers.layers_data(pair, 5, 0, {}).rows)
+    assert compare_layers.causes_at(pair.table, history, *_parted(), 40) == {}
+
+
+def _parted() -> tuple:
+    pair = pair_of(parting())
+    return pair.a, pair.b
+
+
+def test_a_lane_that_was_cut_is_compared_anew():
+    pair = pair_of(flipping())
+    assert pair.comparison.flips == 28 * 6
+    pair.b.append(frames_of(meta_of(), 15, lane=1)[14])  # token 14 again, and nothing after
+    assert pair.feed() and pair.rows == 15
+    assert pair.comparison.flips == 2 * 6 and len(pair.differs) == 15
+
+
+def test_long_lanes_are_compared_in_steps():
+    trace = flipping(60, 50)
+    history = History(trace.meta, trace)
+    history.pull()
+    a, b = history.lane(0), history.lane(1)
+    assert a is not None and b is not None
+    pair = Pair(routers.table_of(trace.meta), a, b)
+    assert [pair.feed(25) for _ in range(4)] == [True, True, True, False]
+    whole = pair_of(trace)
+    assert pair.comparison == whole.comparison and (pair.differs == whole.differs).all()
+
+
+def test_columns_and_titles_give_way():
+    assert [title for title, _, _ in fitting(200)][-1] == "flips"
+    assert [title for title, _, _ in fitting(40)] == ["layer", "differ", "Δ", "Σ {0}", "Σ {1}"]
+    items = tuple(LaneItem(letter, "a long title", "63% ≠@10", False) for letter in "ABCDEFGH")
+    data = LanesData(items, "same tokens")
+    assert entries(data, 400)[0] == ("A a long title", "63% ≠@10")
+    assert entries(data, 180)[0][0] in ("A a long …", "A a long t…", "A a long ti…")
+    assert entries(data, 110)[0] == ("A", "63% ≠@10") and entries(data, 70)[0] == ("A", "63%")
+
+
+@pytest.mark.parametrize("size", [(80, 24), (104, 30), (120, 40), (200, 60)])
+async def test_every_size_shows_texts_lanes_and_every_view(size: tuple[int, int]):
+    async with replaying(flipping(), size=size) as (main, pilot):
         await pilot.press("c")
         screen = main.app.screen
-        for name in ("#text-a", "#text-b", "#agreement"):
-            region = screen.query_one(name).region
-            assert region.height > 4 and region.right <= 80 and region.bottom <= 24
+        seen = set()
+        for _ in range(6):
+            shown = [n for n in ("map", "layers", "agreement") if screen.query_one(f"#{n}").display]
+            seen |= {*shown}
+            for name in ("text-a", "text-b", "lanes-bar", *shown):
+                region = screen.query_one(f"#{name}").region
+                assert region.height >= (1 if name == "lanes-bar" else 5), name
+                assert region.right <= size[0] and region.bottom <= size[1], name
+            await pilot.press("d")
+            await pilot.pause()
+        assert seen == {"map", "layers", "agreement"}
+
+
+async def test_the_first_divergence_is_a_key_away():
+    async with replaying(flipping(), row=30) as (main, pilot):
+        await pilot.press("c", "j", "j", "g")
+        screen = main.app.screen
+        assert (main.look.at, main.look.router) == (12, 0)
+        await pilot.press("d")
+        panel = screen.query_one(LayersPanel)
+        assert panel.data.note.startswith("first ≠ @12 L00")
+        assert "gate" in text_of(panel) and "≠1/4" in text_of(panel)
+        assert "token 12, L00 (gate arithmetic, Δ" in screen.query_one(AgreementPanel).data.verdict
+        await pilot.press("w", "g")
+        assert main.look.at == 12, "lane C never differs: nothing moves"
+        assert "same experts" in screen.query_one(AgreementPanel).data.verdict
+
+
+async def test_all_lanes_stand_on_the_bar():
+    async with replaying(flipping()) as (main, pilot):
+        await pilot.press("c")
+        screen = main.app.screen
+        await wait_for(pilot, lambda: len(screen.pairs) == 2 and screen.pairs[0, 2].rows == 40)
+        screen.draw()
+        data = screen.query_one(LanesBar).data
+        assert [item.letter for item in data.items] == ["A", "B", "C"]
+        assert [item.found for item in data.items] == ["", "30% ≠@12", "100%"]
+        assert [item.shown for item in data.items] == [True, True, False]
+        await pilot.press("w")
+        assert screen.shown == (0, 2) and "C" in screen.query_one("#text-b").data.title
+        await pilot.press("x")
+        assert screen.shown == (2, 0)
+
+
+async def test_same_tokens_is_a_toggle_that_is_labelled():
+    async with running(tokens=5) as (engine, main, pilot):
+        await pilot.press("i", "a", "enter", "c")
+        screen = main.app.screen
+        assert screen.query_one(LanesBar).data.mode == "free text"
+        await pilot.press("t")
+        assert engine.watch.same_tokens and screen.query_one(LanesBar).data.mode == "same tokens"
+        assert p.SameTokens(True) in engine.sent and isinstance(engine.sent[-1], p.Generate)
+        await pilot.press("t")
+        assert p.SameTokens(False) in engine.sent and not engine.watch.same_tokens
+
+
+async def test_a_recording_of_two_models_names_both():
+    from dataclasses import replace
+
+    trace = flipping()
+    meta = trace.meta
+    second = tuple(replace(router, model=1) for router in meta.routers)
+    trace.meta = replace(
+        meta, models=({"name": "base"}, {"name": "int4"}), routers=(*meta.routers, *second)
+    )
+    async with replaying(trace) as (main, pilot):
+        await pilot.press("c")
+        items = main.app.screen.query_one(LanesBar).data.items
+        assert items[0].title == "base trained" and items[1].title.startswith("int4 ")
+        assert main.app.screen.query_one(ExpertMap).data.levels.shape == (6, 16)
 
 
 async def test_one_recorded_lane_cannot_be_compared():

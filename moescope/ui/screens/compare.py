@@ -1,4 +1,5 @@
-"""Two lanes side by side: texts with the point where they part, experts that differ, agreement.
+"""Two lanes of up to eight side by side: texts with the point where they part, experts that differ,
+layer by layer why and by how much, and how far they agree.
 
 News come from the main screen's own loop, so pausing and pace work the same; this only draws.
 """
@@ -14,14 +15,16 @@ from textual.timer import Timer
 from textual.widgets import Footer
 
 from moescope.engine import protocol as p
-from moescope.ui import compare_view, keys, view
+from moescope.ui import compare_layers, compare_view, keys, view
 from moescope.ui.cells import Cells
-from moescope.ui.compare_view import MODES, Pair
+from moescope.ui.compare_view import FED_ALIKE, FREE, Pair
 from moescope.ui.history import Lane
 from moescope.ui.panels import TranscriptData
 from moescope.ui.routers import TRAINED
 from moescope.ui.screens.dialogs import AskScreen
+from moescope.ui.text import gap
 from moescope.ui.widgets.agreement_panel import AgreementPanel
+from moescope.ui.widgets.compare_panels import LanesBar, LayersPanel
 from moescope.ui.widgets.expert_map import ExpertMap
 from moescope.ui.widgets.score_plot import ScorePlot
 from moescope.ui.widgets.status_line import StatusLine
@@ -31,10 +34,23 @@ if TYPE_CHECKING:
     from moescope.ui.screens.main import MainScreen
 
 EMPTY = TranscriptData((), None, True, 0, "waiting for its first token")
+NARROW, WIDE = 104, 150  # columns from which two, and three panels stand beside each other
+LOW = 30  # rows below which texts and one panel are all there is
+PLOT_FROM = 36  # rows of a terminal that has room for the plot
+BETWEEN_ROWS = 14
+TEXT_ROWS = 8  # of the texts where there is little room
+ASIDE = 64  # tokens of a lane that is not shown, compared in one beat
+# by the room there is: what `d` goes through, and what stands there always
+VIEWS = {
+    "column": (("agreement", "layers", "xor", "left", "right"), ()),
+    "two": (("xor", "layers", "left", "right"), ("agreement",)),
+    "wide": (("xor", "left", "right"), ("layers", "agreement")),
+}
+PANELS = {"xor": "map", "left": "map", "right": "map"}  # view -> the panel that shows it
 
 
 class CompareScreen(Screen[None]):
-    """Lanes by number, variants by letter."""
+    """Lanes by letter; `shown` are the two whose texts stand there."""
 
     KEYS = "compare"
     BINDINGS = keys.bindings("compare")
@@ -45,19 +61,23 @@ class CompareScreen(Screen[None]):
         self.main = main
         self.subject, self.look = main.subject, main.look
         self.shown = (0, 1)
-        self.mode = "xor"
-        self.pair: Pair | None = None
+        self.view = ""  # of VIEWS; the first there is room for
+        self.pairs: dict[tuple[int, int], Pair] = {}
+        self._whys: dict[tuple[object, int], dict[int, str]] = {}
         self._cells = (Cells(), Cells())
         self._drawn: object = None
+        self._turn = 0  # which of the other lanes is compared next
         self._timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
         yield StatusLine(id="status")
+        yield LanesBar(id="lanes-bar")
         with Horizontal(id="lanes"):
             yield Transcript(id="text-a")
             yield Transcript(id="text-b")
         with Horizontal(id="between"):
             yield ExpertMap(id="map")
+            yield LayersPanel(id="layers")
             yield AgreementPanel(id="agreement")
         yield ScorePlot(id="divergence")
         yield Footer()
@@ -67,15 +87,45 @@ class CompareScreen(Screen[None]):
         if len(numbers) > 1:
             self.shown = (numbers[0], numbers[1])
         self._timer = self.set_interval(1 / self.main.clock.rate, self.tick)
+        self.place()
         self.draw()
 
     def on_resize(self) -> None:
-        self.set_class(self.size.width < 104 or self.size.height < 30, "-column")
+        self.place()
         self._drawn = None
+
+    @property
+    def room(self) -> str:
+        """`column`, `two` or `wide`."""
+        if self.size.width < NARROW or self.size.height < LOW:
+            return "column"
+        return "wide" if self.size.width >= WIDE else "two"
+
+    def place(self) -> None:
+        """Give panels their room: those of this view, and those that always stand here."""
+        views, always = VIEWS[self.room]
+        if self.view not in views:
+            self.view = views[0]
+        shown = {PANELS.get(self.view, self.view), *always}
+        for name in ("map", "layers", "agreement"):
+            self.query_one(f"#{name}").display = name in shown
+        height = self.size.height
+        self.set_class(self.room == "column", "-column")
+        column, plot = self.room == "column", height >= PLOT_FROM and self.room != "column"
+        self.query_one("#divergence").display = plot
+        layers = self.subject.table.count if self.subject.table is not None else 0
+        between = min(max(BETWEEN_ROWS, layers + 3), (height - 3) // 2)
+        self.query_one("#between").styles.height = "1fr" if column else between
+        self.query_one("#lanes").styles.height = TEXT_ROWS if column else "2fr"
+        footer = self.query_one(Footer)
+        footer.compact = column
+        footer.show_command_palette = not column
 
     def tick(self) -> None:
         self.main.news()
         self.draw()
+
+    # --- lanes
 
     def numbers(self) -> list[int]:
         """Lanes that are open or hold tokens."""
@@ -83,11 +133,39 @@ class CompareScreen(Screen[None]):
         opened = () if self.subject.mode == "replay" else self.subject.lanes
         return sorted({*held, *opened})
 
-    def lanes(self) -> tuple[Lane | None, Lane | None]:
+    def lane(self, number: int) -> Lane | None:
         history = self.subject.history
-        if history is None:
-            return None, None
-        return history.lane(self.shown[0]), history.lane(self.shown[1])
+        return history.lane(number) if history is not None else None
+
+    def lanes(self) -> tuple[Lane | None, Lane | None]:
+        return self.lane(self.shown[0]), self.lane(self.shown[1])
+
+    def pair_of(self, a: int, b: int) -> Pair | None:
+        """The comparison of two lanes, begun where there is none; None while one is empty."""
+        table, one, other = self.subject.table, self.lane(a), self.lane(b)
+        if table is None or one is None or other is None or not one.count or not other.count:
+            return None
+        held = self.pairs.get((a, b))
+        if held is None or held.a is not one or held.b is not other:
+            held = self.pairs[a, b] = Pair(table, one, other)
+        return held
+
+    @property
+    def pair(self) -> Pair | None:
+        """The comparison of the two lanes that are shown."""
+        return self.pair_of(*self.shown)
+
+    def _compare(self) -> None:
+        """Take what came: of the shown lanes all there is room for, of one other lane a little."""
+        if (pair := self.pair) is not None:
+            pair.feed()
+        numbers = self.numbers()
+        others = [n for n in numbers[1:] if (numbers[0], n) != self.shown]
+        if others:
+            self._turn = (self._turn + 1) % len(others)
+            aside = self.pair_of(numbers[0], others[self._turn])
+            if aside is not None:
+                aside.feed(ASIDE)
 
     # --- drawing
 
@@ -95,24 +173,38 @@ class CompareScreen(Screen[None]):
         if not self.is_mounted:
             return
         self.query_one(StatusLine).show(self.main.status())
-        a, b = self.lanes()
-        table = self.subject.table
-        if table is None:
+        table, history = self.subject.table, self.subject.history
+        if table is None or history is None:
             return
-        if (
-            a is not None
-            and b is not None
-            and (self.pair is None or self.pair.a is not a or self.pair.b is not b)
-        ):
-            self.pair, self._drawn = Pair(table, a, b), None
-        parting = None
-        if self.pair is not None and a is not None and b is not None:
-            self.pair.feed()
-            parting = self.pair.comparison.ids_part_at
-        for side, lane in enumerate((a, b)):
+        self._compare()
+        pair = self.pair
+        parting = pair.comparison.ids_part_at if pair is not None else None
+        for side, lane in enumerate(self.lanes()):
             self._draw_text(side, lane, parting)
-        if self.pair is not None and self.pair.rows and a is not None and b is not None:
-            self._draw_pair(self.pair)
+        self._draw_lanes()
+        if pair is not None and pair.rows:
+            self._draw_pair(pair)
+
+    def _draw_lanes(self) -> None:
+        table, history = self.subject.table, self.subject.history
+        assert table is not None and history is not None
+        numbers = self.numbers()
+        expressions = {}
+        for number in numbers:
+            lane = self.lane(number)
+            held = lane.variants[-1] if lane is not None and lane.variants else TRAINED
+            expressions[number] = self.subject.lanes.get(number, held)
+        pairs = {n: pair for n in numbers[1:] if (pair := self.pair_of(numbers[0], n)) is not None}
+        self.query_one(LanesBar).show(
+            compare_layers.lanes_data(history, table, expressions, pairs, self.shown, self.mode())
+        )
+
+    def mode(self) -> str:
+        """Whether lanes are fed the same tokens, in the words that label it everywhere."""
+        pair = self.pair
+        if self.subject.mode != "replay":
+            return FED_ALIKE if self.subject.same_tokens else FREE
+        return FED_ALIKE if pair is not None and pair.fed_alike else FREE
 
     def _draw_text(self, side: int, lane: Lane | None, parting: int | None) -> None:
         panel = self.query_one(("#text-a", "#text-b")[side], Transcript)
@@ -121,6 +213,8 @@ class CompareScreen(Screen[None]):
             panel.show(EMPTY)
             return
         row = min(self.look.at if self.look.row is not None else lane.count - 1, lane.count - 1)
+        first = view.LETTERS[self.numbers()[0]]
+        fed = self.mode() == FED_ALIKE and view.LETTERS[lane.lane] != first
         panel.show(
             self._cells[side].data(
                 self.subject.history,
@@ -130,31 +224,60 @@ class CompareScreen(Screen[None]):
                 self.look.tint,
                 row,
                 self.look.row is None,
-                subtitle=f"lane {lane.lane + 1}",
-                title=self.title_of(side, lane),
+                subtitle=f"fed {first}'s text" if fed else "its own text",
+                title=self.title_of(lane),
                 parting=-1 if parting is None else parting,
             )
         )
 
-    def title_of(self, side: int, lane: Lane) -> str:
+    def title_of(self, lane: Lane) -> str:
         expression = lane.variants[-1] if lane.variants else TRAINED
         table = self.subject.table
         assert table is not None
-        return f"{'AB'[side]}  {view.title_of(table, expression)}"
+        return f"{view.LETTERS[lane.lane]}  {view.title_of(table, expression)}"
 
     def _draw_pair(self, pair: Pair) -> None:
         row = max(0, min(self.look.at, pair.rows - 1))
-        key = (id(pair), pair.rows, row, self.look.router, self.look.expert, self.mode)
+        settled = not self.subject.live and not self.main.playing
+        key = (id(pair), pair.rows, row, self.look.router, self.look.expert, self.view, settled)
         if key == self._drawn:
             return
         self._drawn = key
-        self.query_one(ExpertMap).show(
-            compare_view.difference_map(pair, row, self.mode, self.look.cursor)
-        )
-        self.query_one(AgreementPanel).show(compare_view.agreement(pair, row))
-        self.query_one(ScorePlot).show(compare_view.divergence(pair, row))
+        found = pair.comparison.first_divergence
+        why, note = "", "no flip on the same tokens"
+        if found is not None:
+            at = pair.a.row_of(found.position)
+            why = self._causes(pair, at).get(found.router, "") if settled and at is not None else ""
+            note = f"first ≠ @{found.position} L{found.layer:02d} Δ {gap(found.margin_a)} · g"
+        mode = self.view if self.view in compare_view.MODES else "xor"
+        if self.query_one("#map").display:
+            chart = compare_view.difference_map(pair, row, mode, self.look.cursor)
+            self.query_one(ExpertMap).show(chart)
+        if self.query_one("#layers").display:
+            whys = self._causes(pair, row) if settled else {}
+            self.query_one(LayersPanel).show(
+                compare_layers.layers_data(pair, row, self.look.router, whys, note)
+            )
+        self.query_one(AgreementPanel).show(compare_view.agreement(pair, row, why))
+        if self.query_one("#divergence").display:
+            self.query_one(ScorePlot).show(compare_view.divergence(pair, row))
+
+    def _causes(self, pair: Pair, row: int) -> dict[int, str]:
+        """Why routers chose otherwise at `row`; remembered, as logits are read from the trace."""
+        key = (pair.a, pair.b), row
+        table, history = self.subject.table, self.subject.history
+        assert table is not None and history is not None
+        if key not in self._whys:
+            if len(self._whys) > 256:
+                self._whys.clear()
+            self._whys[key] = compare_layers.causes_at(table, history, pair.a, pair.b, row)
+        return self._whys[key]
 
     # --- keys
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        live_only = ("same_tokens", "add_lane", "rerun", "stop")
+        return not (action in live_only and self.subject.mode == "replay")
 
     def action_pause(self) -> None:
         self.main.action_pause()
@@ -187,6 +310,25 @@ class CompareScreen(Screen[None]):
             self.look.seek(at)
         self.draw()
 
+    def action_first(self) -> None:
+        """To the first flip on the same tokens: its token and its layer."""
+        found = self.pair.comparison.first_divergence if self.pair is not None else None
+        at = self.pair.a.row_of(found.position) if found is not None and self.pair else None
+        if found is None or at is None:
+            self.notify("the same experts everywhere, on the same tokens", timeout=3)
+        else:
+            self.look.seek(at, following=False)
+            self.look.router = found.router
+        self.draw()
+
+    def action_same_tokens(self) -> None:
+        """Feed every lane A's text, or let each write its own; from the prompt on."""
+        self.subject.same_tokens = not self.subject.same_tokens
+        self.subject.send(p.SameTokens(self.subject.same_tokens))
+        if self.subject.generate is not None:
+            self.main.action_rerun(False)
+        self.draw()
+
     def action_swap(self) -> None:
         self.shown = (self.shown[1], self.shown[0])
         self.draw()
@@ -199,11 +341,13 @@ class CompareScreen(Screen[None]):
         self.draw()
 
     def action_mode(self) -> None:
-        self.mode = MODES[(MODES.index(self.mode) + 1) % len(MODES)]
+        views = VIEWS[self.room][0]
+        self.view = views[(views.index(self.view) + 1) % len(views)]
+        self.place()
         self.draw()
 
     def action_add_lane(self) -> None:
-        if len(self.subject.lanes) >= p.MAX_LANES or self.subject.mode == "replay":
+        if len(self.subject.lanes) >= p.MAX_LANES:
             self.notify("no further lane can be opened here", timeout=4)
             return
         hint = "a variant: num_experts_per_tok=4   always_renormalised"

@@ -30,5 +30,5 @@ class AgreementPanel(Panel[AgreementData]):
                 )
             )
         rows.append(())
-        rows += [((line, "strong"),) for line in wrap(data.verdict, width)]
+        rows += [((line.strip(), "strong"),) for line in wrap(data.verdict, width)]
         return rows

@@ -175,7 +175,7 @@ class ExpertMap(Panel[MapData]):
                 segments.append(Segment(SHADES[level], pens.load_ink[level]))
         segments.append(Segment(" more", style["dim"]))
         marks = (
-            (("a", "this lane only"), ("b", "the other only"), ("●", "both"))
+            (("a", "left only"), ("b", "right only"))
             if compare
             else ((picked, "picked by this token"),)
         )
