@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 NATIVE := $(wildcard moescope/kernels/native/*)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: run test check conformance bench gpu shots clean
+.PHONY: run test check conformance bench gpu metal shots clean
 
 run: .venv/.run
 	@$(BIN)/moescope
@@ -36,6 +36,11 @@ bench: .venv/.bench
 gpu:
 	$(PYTHON) benchmarks/cuda_run.py $(GPU_ARGS) $(STEPS)
 
+# On a Mac with Apple silicon: tests, parity on the hardware, and the benchmark against mlx-lm; goes on
+# where it was cut short. STEPS="tests parity" runs some of it; METAL_ARGS reaches the program (--list).
+metal: .venv/.metal
+	$(BIN)/python benchmarks/metal_run.py $(METAL_ARGS) $(STEPS)
+
 shots: .venv/.test
 	$(BIN)/python screenshots/make.py
 
@@ -56,4 +61,8 @@ clean:
 # A peer that does not install (llama.cpp is built from source) is left out, and the table says so.
 .venv/.bench: .venv/.test
 	-$(PIP) -e '.[bench]'
+	@touch $@
+
+.venv/.metal: .venv/.test
+	$(PIP) mlx mlx-lm
 	@touch $@
