@@ -1,16 +1,26 @@
-"""A checkpoint in words and numbers, from its config and headers alone: what `inspect` prints."""
+"""A checkpoint in words and numbers, from its config and headers alone: what `inspect` prints.
+
+Imports no torch and no mlx; nothing here depends on the machine it runs on.
+"""
 
 from __future__ import annotations
 
-from itertools import groupby
+from dataclasses import fields
 from typing import Any
 
-from moescope.engine import families, parameters
+from moescope.engine import families, limits, mlx_limits, parameters, quantised
 from moescope.engine.checkpoint import Checkpoint
-from moescope.engine.decoder import MLA, MLP, Attention, DecoderSpec, Layer, MoE, state_bytes
+from moescope.engine.decoder import DecoderSpec, state_bytes
+from moescope.engine.families.places import Plan
+from moescope.engine.layer_words import layer_kinds, spans
+from moescope.engine.limits import Limits
+from moescope.engine.stored import Stored, stored
+from moescope.kernels.spec import RouterSpec
+from moescope.safety import single_line
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MEMORY_CONTEXT = 4096  # tokens of cache counted in the memory needed
+DEVICES: dict[str, Limits] = {"cpu": limits.TORCH, "cuda": limits.TORCH, "mlx": mlx_limits.MLX}
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -18,22 +28,19 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises MoescopeError for configs that are not supported, or that do not fit the tensors.
     """
-    family = families.family_of(checkpoint.config)
-    spec = families.build(checkpoint.config)
-    stored = checkpoint.tensors
-    plan = families.plan(checkpoint.config, spec, stored) if stored else None
-    active = parameters.count_active(spec)
-    context = min(spec.context, MEMORY_CONTEXT)
+    config = checkpoint.config
+    spec = families.build(config)
+    scheme = quantised.read_scheme(config)
+    plan = families.plan(config, spec, checkpoint.tensors) if checkpoint.tensors else None
+    held = stored(spec, plan, checkpoint.tensors) if plan is not None else None
     routers = [router for _, _, router in spec.routers()]
+    active = parameters.count_active(spec)
     return {
         "name": checkpoint.name,
-        "model_type": str(checkpoint.config["model_type"]),
-        "family": family.title,
+        "model_type": str(config["model_type"]),
+        "family": families.family_of(config).title,
         "router": routers[0].line(),
-        "router_fields": [
-            {"first_layer": first, "last_layer": last, "spec": router.to_json()}
-            for first, last, router in _router_runs(spec)
-        ],
+        "routers": _routers(spec),
         "num_layers": len(spec.layers),
         "num_routers": len(routers),
         "num_experts": routers[0].wiring.num_experts,
@@ -43,74 +50,91 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "context": spec.context,
         "parameters": parameters.count(spec),
         "active_parameters": active,
-        "bytes_per_token": {name: size * active for name, size in BYTES.items()},
-        "memory_needed": {
-            name: size * parameters.count(spec) + state_bytes(spec, context, size)
-            for name, size in BYTES.items()
-        },
-        "weights_bytes": checkpoint.weights_bytes if stored else None,
-        "stored_as": sorted({tensor.dtype for tensor in stored.values()}),
+        "layers": [
+            {"layers": spans(numbers), "numbers": numbers, "mixer": mixer, "feed_forward": rest}
+            for (mixer, rest), numbers in layer_kinds(spec).items()
+        ],
         "shards": len(checkpoint.shards),
+        "weights_bytes": checkpoint.weights_bytes if held is not None else None,
         "layout": ", ".join(plan.layouts) if plan is not None else None,
+        "quantisation": scheme.method if scheme is not None else None,
+        "stored": _stored(held),
+        "router_stored_as": held.router if held is not None else None,
+        "unused_tensors": len(plan.unused) if plan is not None else None,
+        "bytes_per_token": {
+            **({"stored": held.bytes_per_token} if held is not None else {}),
+            **{name: size * active for name, size in BYTES.items()},
+        },
+        **_memory(spec, held),
+        "runs_on": {device: _runs(spec, covered) for device, covered in DEVICES.items()},
         "tokenizer": (checkpoint.folder / "tokenizer.json").is_file(),
-        "layers": [[first, last, line] for first, last, line in _layer_runs(spec)],
-        "notes": [*checkpoint.notes, *(plan.notes() if plan is not None else [])],
+        "notes": _notes(checkpoint, plan),
     }
 
 
-def _layer_runs(spec: DecoderSpec) -> list[tuple[int, int, str]]:
-    """(first, last, words), runs of layers that read alike folded."""
-    runs = []
-    for line, group in groupby(enumerate(map(layer_line, spec.layers)), key=lambda item: item[1]):
-        numbers = [number for number, _ in group]
-        runs.append((numbers[0], numbers[-1], line))
-    return runs
+def _routers(spec: DecoderSpec) -> list[dict[str, Any]]:
+    """Each different router, with the layers it is in, in words and as fields."""
+    found: dict[RouterSpec, list[int]] = {}
+    for layer, _, router in spec.routers():
+        found.setdefault(router, []).append(layer)
+    return [
+        {
+            "layers": spans(sorted(set(layers))),
+            "numbers": layers,
+            "words": router.line(wiring=True),
+            "fields": _unusual(router),
+            "spec": router.to_json(),
+        }
+        for router, layers in found.items()
+    ]
 
 
-def _router_runs(spec: DecoderSpec) -> list[tuple[int, int, Any]]:
-    """(first, last, spec) of routers, equal ones folded, layers without one in between too."""
-    runs = []
-    for router, group in groupby(spec.routers(), key=lambda item: item[2]):
-        numbers = [layer for layer, _, _ in group]
-        runs.append((numbers[0], numbers[-1], router))
-    return runs
+def _unusual(router: RouterSpec) -> dict[str, Any]:
+    """The fields that are not at their defaults."""
+    return {
+        f.name: getattr(part, f.name)
+        for part in (router.policy, router.wiring)
+        for f in fields(part)
+        if getattr(part, f.name) != f.default
+    }
 
 
-def layer_line(layer: Layer) -> str:
-    """One layer in words: its mixer, then its feed-forward part."""
-    return "; ".join(_operator_line(branch.operator) for branch in layer.branches)
+def _stored(held: Stored | None) -> list[dict[str, Any]] | None:
+    if held is None:
+        return None
+    return [{"as": words, "parameters": count, "bytes": size} for words, count, size in held.kinds]
 
 
-def _operator_line(operator: Any) -> str:
-    match operator:
-        case Attention():
-            return _attention_line(operator)
-        case MLA():
-            return f"latent attention, {operator.heads} heads, latent {operator.kv_lora_rank}"
-        case MLP():
-            return f"dense, width {operator.width}"
-        case MoE():
-            return _moe_line(operator)
-        case _:
-            return type(operator).__name__
+def _memory(spec: DecoderSpec, held: Stored | None) -> dict[str, Any]:
+    """Bytes by device and dtype: weights and the cache of one lane. torch expands what is packed,
+    MLX keeps what it multiplies as it is."""
+    numbers, context = parameters.count(spec), min(spec.context, MEMORY_CONTEXT)
+    kept_bytes, kept = (held.kept_on_mlx, held.kept_numbers) if held is not None else (0, 0)
+    cache = {name: state_bytes(spec, context, size) for name, size in BYTES.items()}
+    expanded = {name: size * numbers + cache[name] for name, size in BYTES.items()}
+    on_mlx = {
+        name: kept_bytes + size * (numbers - kept) + cache[name] for name, size in BYTES.items()
+    }
+    return {
+        "memory_needed": {"cpu": expanded, "cuda": expanded, "mlx": on_mlx},
+        "cache_bytes": cache,
+        "cache_tokens": context,
+        "packed_bytes": held.packed_bytes if held is not None else 0,
+        "packed_expanded": {
+            name: size * (held.packed if held is not None else 0) for name, size in BYTES.items()
+        },
+    }
 
 
-def _attention_line(a: Attention) -> str:
-    parts = [f"attention, {a.heads} heads on {a.kv_heads} of {a.head_dim}"]
-    if a.window:
-        parts.append(f"window {a.window}")
-    if a.qk_norm is not None:
-        parts.append("q/k norm " + ("per head" if a.qk_norm_over == "per_head" else "flat"))
-    if a.qkv_bias:
-        parts.append("q/k/v bias")
-    if a.clip_qkv is not None:
-        parts.append(f"clip {a.clip_qkv:g}")
-    return ", ".join(parts)
+def _runs(spec: DecoderSpec, covered: Limits) -> str:
+    """Nothing where a device runs it; else the first thing that it does not do."""
+    found = covered.first(spec)
+    if found is None:
+        return ""
+    name, value = found[0].removeprefix("Branch.operator"), single_line(str(found[1]), 60)
+    return f"{name} {value}".lstrip() + " is not implemented"
 
 
-def _moe_line(m: MoE) -> str:
-    line = f"{m.router.wiring.num_experts} experts of width {m.experts.width}, {m.router.line()}"
-    if m.shared is not None:
-        gate = "gated" if m.router.wiring.shared_expert_gate != "none" else "added"
-        line += f"; shared expert of width {m.shared.width}, {gate}"
-    return line
+def _notes(checkpoint: Checkpoint, plan: Plan | None) -> list[str]:
+    of_plan = plan.notes() if plan is not None else []
+    return [*checkpoint.notes, *families.notes(checkpoint.config), *of_plan]

@@ -20,6 +20,7 @@ from moescope.engine.families.family import Family
 from moescope.engine.families.places import Piece, Plan
 from moescope.engine.header import TensorInfo
 from moescope.engine.protocol import Loading, LoadRequest
+from moescope.engine.stored import router_words
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import single_line
 
@@ -296,5 +297,6 @@ def _facts(
         "context": spec.context,
         "vocab_size": spec.vocab_size,
         "layout": ", ".join(plan.layouts),
+        "router_stored_as": router_words(plan, checkpoint.tensors),
         "unused_tensors": len(plan.unused),
     }

@@ -18,7 +18,7 @@ from moescope.engine.quantised import reading
 from tests.engine.packing import FORMS, Form, made
 from tests.tiny import tiny_checkpoint
 
-_SHAPE = {
+SHAPE = {
     "hidden_size": 128,
     "moe_intermediate_size": 64,
     "num_hidden_layers": 1,
@@ -69,7 +69,7 @@ def test_a_packed_checkpoint_is_the_one_it_stands_for(
     """Every tensor of ours, bit for bit; read and expanded in several pieces."""
     monkeypatch.setattr(reading, "READ", 4096)
     monkeypatch.setattr(reading, "EXPAND", 1000)
-    folder = tiny_checkpoint("qwen3_moe", tmp_path, **_SHAPE)
+    folder = tiny_checkpoint("qwen3_moe", tmp_path, **SHAPE)
     plain = pack(folder, FORMS[name])
     found, notes, inspected = read(folder)
     assert notes == [] and not inspected.plan.unexpected
@@ -132,7 +132,7 @@ def stacked(folder: Path, form: Form, gate: Form) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("listed", [True, False])
 def test_mlx_checkpoints_with_paths_of_their_own(tmp_path: Path, listed: bool) -> None:
     """Routers of 8 bits in a model of 4, named in the config, or told by their shapes."""
-    folder = tiny_checkpoint("qwen3_moe", tmp_path, layout="mlx", **_SHAPE)
+    folder = tiny_checkpoint("qwen3_moe", tmp_path, layout="mlx", **SHAPE)
     plain = stacked(folder, FORMS["mlx-4-bit-g32"], FORMS["mlx-8-bit-g64"])
     quantization: dict[str, Any] = {"group_size": 32, "bits": 4}
     if listed:
@@ -157,7 +157,7 @@ def test_mlx_checkpoints_with_paths_of_their_own(tmp_path: Path, listed: bool) -
 
 def test_scales_that_are_not_finite_are_told(tmp_path: Path) -> None:
     """Of experts too: one scale is many values."""
-    folder = tiny_checkpoint("qwen3_moe", tmp_path, **_SHAPE)
+    folder = tiny_checkpoint("qwen3_moe", tmp_path, **SHAPE)
     pack(folder, FORMS["mxfp4-packed"])
     held = load_file(folder / "model.safetensors")
     for name in ("mlp.experts.1.down_proj", "self_attn.q_proj"):
