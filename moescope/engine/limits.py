@@ -24,6 +24,7 @@ from moescope.engine.decoder import (
     Pass,
     Rope,
     RopeScaling,
+    RoutedAttention,
     ShortConv,
     StateSpace,
 )
@@ -57,7 +58,7 @@ class Limits:
 
 
 TORCH = Limits(
-    (Attention, MLA, MLP, MoE, Pass, LinearAttention, ShortConv, StateSpace),
+    (Attention, MLA, MLP, MoE, Pass, LinearAttention, RoutedAttention, ShortConv, StateSpace),
     {
         LinearAttention: {"kind": ("gated_delta", "kda")},
         Attention: {"shares_kv_of": ()},

@@ -192,6 +192,10 @@ EXEMPT: dict[str, str] = {
     "MLP.hidden": "a shape",
     "MLP.width": "a shape",
     "MLP.glu": "a shape",
+    "RoutedAttention.hidden": "a shape",
+    "RoutedAttention.router": "holds the router",
+    "RoutedAttention.kv_heads": "a shape",
+    "RoutedAttention.head_dim": "a shape",
     "MoE.hidden": "a shape",
     "MoE.router": "holds the router",
     "MoE.experts": "holds the experts",
@@ -214,6 +218,7 @@ EXEMPT: dict[str, str] = {
     "RouterWiring.moe_latent_size": "a shape",
 }
 
+ROUTED = MoE | RoutedAttention
 _CLASSES: dict[str, Any] = {
     name: held
     for module in (decoder, router_spec)
@@ -268,12 +273,12 @@ def _without_shared(moe: MoE) -> MoE:
     return replace(moe, shared=None, router=moe.router.with_wiring(**wiring))
 
 
-def _flip_norm(moe: MoE) -> MoE:
+def _flip_norm(moe: Any) -> Any:
     flipped = not moe.router.policy.norm_topk_prob
     return replace(moe, router=moe.router.with_policy(norm_topk_prob=flipped))
 
 
-def _scores(moe: MoE) -> MoE:
+def _scores(moe: Any) -> Any:
     wrong = _SCORES(moe.router.policy.scoring_func)
     edits = {"router_jitter_noise": 0.0} if wrong != "sparsemixer" else {}
     return replace(moe, router=moe.router.with_policy(scoring_func=wrong, **edits))
@@ -284,7 +289,7 @@ def _activation(moe: MoE) -> MoE:
     return replace(moe, experts=replace(moe.experts, activation=wrong))
 
 
-def _ungrouped(moe: MoE) -> MoE:
+def _ungrouped(moe: Any) -> Any:
     return replace(moe, router=moe.router.with_policy(n_group=1, topk_group=1))
 
 
@@ -317,11 +322,15 @@ def _half_the_dims(branch: Branch) -> Branch:
 _OF_ALL_DIMS = ("longrope", "proportional")
 # Applied to every case that they change; `fields` do not have to be off their default.
 _ALWAYS: tuple[tuple[str, Edit, tuple[str, ...]], ...] = (
-    ("norm_topk_prob", on_moe(_flip_norm), ("RouterPolicy.norm_topk_prob",)),
-    ("other scores", on_moe(_scores), ("RouterPolicy.scoring_func",)),
+    ("norm_topk_prob", on_operators(ROUTED, _flip_norm), ("RouterPolicy.norm_topk_prob",)),
+    ("other scores", on_operators(ROUTED, _scores), ("RouterPolicy.scoring_func",)),
     ("other activation of the experts", on_moe(_activation), ()),
     ("no shared expert", on_moe(_without_shared), ("MoE.shared", "RouterWiring.shared_experts")),
-    ("no groups", on_moe(_ungrouped), ("RouterPolicy.n_group", "RouterPolicy.topk_group")),
+    (
+        "no groups",
+        on_operators(ROUTED, _ungrouped),
+        ("RouterPolicy.n_group", "RouterPolicy.topk_group"),
+    ),
     ("window of layer 0", _window_in_layer_0, ()),
     ("rope in every layer", _rope_everywhere, ()),
     ("half of the dims of a rope", on_branches(_half_the_dims), ("Rope.dims",)),
@@ -364,4 +373,4 @@ def _plain(spec: DecoderSpec) -> DecoderSpec:
     def of(operator: Any) -> Any:
         return replace(operator, router=canonical(operator.router.resolved("float32")))
 
-    return on_operators(MoE | RoutedAttention, of)(spec)
+    return on_operators(ROUTED, of)(spec)

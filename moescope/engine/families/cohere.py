@@ -52,8 +52,10 @@ def _layer_kinds(config: Fields, layers: int) -> tuple[list[str], list[str]]:
     """What attends and what follows: by their lists, or by the number of dense layers before all
     others and the period of full layers in each part."""
     first = config.int("first_k_dense_replace", 0, layers, 0)
-    parts = (("prefix_dense_sliding_window_pattern", 1, first),)
-    parts += (("sliding_window_pattern", 4, layers - first),)
+    parts = (
+        ("prefix_dense_sliding_window_pattern", 1, first),
+        ("sliding_window_pattern", 4, layers - first),
+    )
     attends = [
         SLIDING if (n + 1) % config.int(key, 1, 1024, usual) else FULL
         for key, usual, count in parts

@@ -21,6 +21,7 @@ from moescope.engine.decoder import (
     LinearAttention,
     MoE,
     Pass,
+    RoutedAttention,
     ShortConv,
     StateSpace,
 )
@@ -41,6 +42,7 @@ from moescope.engine.torch_operators.moe import TorchMoE, TorchRouter, rounded_g
 from moescope.engine.torch_operators.norms import load_norm, make_norm, with_unit_columns
 from moescope.engine.torch_operators.recurrent import Recurrent, Saved
 from moescope.engine.torch_operators.rope import rotary_table, switches
+from moescope.engine.torch_operators.routed_attention import TorchRoutedAttention
 from moescope.engine.torch_operators.short_conv import TorchShortConv
 from moescope.engine.torch_operators.state_space import Mamba1, Mamba2
 
@@ -102,6 +104,9 @@ OPERATORS: dict[type, Build] = {
     MLP: lambda spec, weights, path, dtype, _: TorchMLP(spec, weights, f"{path}."),
     MoE: lambda spec, weights, path, dtype, router: TorchMoE(spec, weights, path, router),
     Pass: lambda spec, weights, path, dtype, _: TorchPass(),
+    RoutedAttention: lambda spec, weights, path, dtype, router: TorchRoutedAttention(
+        spec, weights, path, dtype, router
+    ),
     ShortConv: lambda spec, weights, path, dtype, _: TorchShortConv(spec, weights, path, dtype),
     LinearAttention: lambda spec, weights, path, dtype, _: _DELTAS[spec.kind](
         spec, weights, path, dtype

@@ -16,27 +16,19 @@ from moescope.engine.torch_operators.rope import rotate
 QUERY_BLOCK = 512
 
 
-class TorchAttention:
-    """Caches are keys [lanes, kv heads, capacity, D] and values [.., Dv], allocated by `open`;
-    where both are of one width they are the halves of `cache`, which fused steps read."""
+class CachedAttention:
+    """Softmax attention of placed queries over what a lane has cached.
 
-    def __init__(self, spec: Attention, weights: Weights, path: str, dtype: torch.dtype) -> None:
-        self.spec, self.dtype = spec, dtype
-        self.qkv, self.qkv_bias = weights[f"{path}.qkv.weight"], weights.get(f"{path}.qkv.bias")
-        self.out, self.out_bias = (
-            weights[f"{path}.o_proj.weight"],
-            weights.get(f"{path}.o_proj.bias"),
-        )
-        self.normalise = _qk_norms(spec, weights, path)
-        self.v_norm = None if spec.v_norm is None else make_norm(spec.v_norm)
-        self.sinks = weights.get(f"{path}.sinks")
-        self.gate = weights.get(f"{path}.gate_proj.weight")
-        self.gate_bias = weights.get(f"{path}.gate_bias")
+    Caches are keys [lanes, kv heads, capacity, D] and values [.., Dv], allocated by `open`; where
+    both are of one width they are the halves of `cache`, which fused steps read. Windows, chunks,
+    scale and softcap are those of `spec`; heads are as many as there are queries.
+    """
+
+    def __init__(self, spec: Attention, dtype: torch.dtype, sinks: Tensor | None = None) -> None:
+        self.spec, self.dtype, self.sinks = spec, dtype, sinks
         self.v_dim = spec.v_head_dim or spec.head_dim
         self.cache = torch.empty(0)
         self.keys = self.values = torch.empty(0)
-
-    # --- state ------------------------------------------------------------------------------
 
     def open(self, lanes: int, capacity: int, device: str) -> None:
         """Allocate the caches, keeping what they hold."""
@@ -56,15 +48,114 @@ class TorchAttention:
         for cache in (self.keys, self.values):
             cache[target, :, :length] = cache[source, :, :length]
 
-    # --- running ----------------------------------------------------------------------------
+    def attend(self, qk: Tensor, v: Tensor, call: Call) -> Tensor:
+        """qk [R, heads + kv heads, D] and v [R, kv heads, Dv] of a call's rows, which are cached ->
+        [R, heads × Dv]."""
+        run = self._one if call.tokens == 1 else self._many
+        parts = [run(lane, start, qk[rows], v[rows]) for lane, start, rows in call.spans()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _first_seen(self, position: int) -> int:
+        """The first position that a query sees."""
+        s = self.spec
+        if s.window:
+            return max(0, position - s.window + 1)
+        return position // s.chunk * s.chunk if s.chunk else 0
+
+    def _one(self, lane: int, start: int, qk: Tensor, v: Tensor) -> Tensor:
+        """One token of one lane: the G query heads of a key head stand as rows, so nothing is
+        repeated and, all keys being in sight, nothing is masked."""
+        s, end, first = self.spec, start + 1, self._first_seen(start)
+        heads = qk.shape[1] - s.kv_heads
+        self.keys[lane, :, start], self.values[lane, :, start] = qk[0, heads:], v[0]
+        q = qk[0, :heads].view(1, s.kv_heads, -1, s.head_dim)
+        keys, values = (cache[None, lane, :, first:end] for cache in (self.keys, self.values))
+        if self._is_plain:
+            out = F.scaled_dot_product_attention(q, keys, values, scale=s.scale)
+        else:
+            sinks = None if self.sinks is None else self.sinks.view(1, s.kv_heads, -1, 1)
+            out = attend(q, keys, values, None, s.scale, s.softcap, sinks)
+        return out.reshape(1, -1)
+
+    def _many(self, lane: int, start: int, qk: Tensor, v: Tensor) -> Tensor:
+        """T tokens of one lane, after `start` cached ones."""
+        s, tokens = self.spec, len(v)
+        end, first = start + tokens, self._first_seen(start)
+        heads = qk.shape[1] - s.kv_heads
+        self.keys[lane, :, start:end] = qk[:, heads:].transpose(0, 1)
+        self.values[lane, :, start:end] = v.transpose(0, 1)
+        G = heads // s.kv_heads
+        keys, values = (
+            cache[lane, :, first:end].repeat_interleave(G, 0) for cache in (self.keys, self.values)
+        )  # each [heads, S, D]
+        q = qk[:, :heads].transpose(0, 1)
+        if start == 0 and self._is_plain and self._first_seen(tokens - 1) == 0:
+            out = F.scaled_dot_product_attention(
+                q[None], keys[None], values[None], is_causal=True, scale=s.scale
+            )[0]
+        else:
+            out = self._masked(q, keys, values, start, first)
+        return out.transpose(0, 1).reshape(tokens, -1)
+
+    def _masked(self, q: Tensor, keys: Tensor, values: Tensor, start: int, first: int) -> Tensor:
+        """Queries from position `start`, keys from `first`: in blocks, so that masks stay small."""
+        s, blocks = self.spec, []
+        for at in range(0, q.shape[1], QUERY_BLOCK):
+            block = q[:, at : at + QUERY_BLOCK]
+            begin = start + at
+            end = begin + block.shape[1]
+            low = self._first_seen(begin)
+            query = torch.arange(begin, end, device=q.device)[:, None]
+            key = torch.arange(low, end, device=q.device)[None]
+            mask = key <= query
+            if s.window:
+                mask &= key > query - s.window
+            if s.chunk:
+                mask &= key >= query // s.chunk * s.chunk
+            seen = slice(low - first, end - first)
+            arrays = block[None], keys[None, :, seen], values[None, :, seen]
+            if self._is_plain:
+                out = F.scaled_dot_product_attention(*arrays, mask, scale=s.scale)
+            else:
+                sinks = None if self.sinks is None else self.sinks.view(1, -1, 1, 1)
+                out = attend(*arrays, mask, s.scale, s.softcap, sinks)
+            blocks.append(out[0])
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.sinks is None and not self.spec.softcap
+
+
+# What queries are multiplied by, for positions counted from 1 (Llama 4; Beam).
+_WARMTH: dict[str, Callable[[Tensor, Attention], Tensor]] = {
+    "log": lambda at, s: (
+        torch.log1p(torch.floor(at / s.temperature_floor)) * s.temperature_scale + 1
+    ),
+    "power": lambda at, s: torch.exp(s.temperature_scale * torch.log1p(at / s.temperature_floor)),
+}
+
+
+class TorchAttention(CachedAttention):
+    """Projections, norms, rope and gates around it."""
+
+    def __init__(self, spec: Attention, weights: Weights, path: str, dtype: torch.dtype) -> None:
+        super().__init__(spec, dtype, weights.get(f"{path}.sinks"))
+        self.qkv, self.qkv_bias = weights[f"{path}.qkv.weight"], weights.get(f"{path}.qkv.bias")
+        self.out, self.out_bias = (
+            weights[f"{path}.o_proj.weight"],
+            weights.get(f"{path}.o_proj.bias"),
+        )
+        self.normalise = _qk_norms(spec, weights, path)
+        self.v_norm = None if spec.v_norm is None else make_norm(spec.v_norm)
+        self.gate = weights.get(f"{path}.gate_proj.weight")
+        self.gate_bias = weights.get(f"{path}.gate_bias")
 
     def __call__(self, h: Tensor, call: Call) -> Tensor:
         s = self.spec
         qk, v, gate = self._project(h)
         qk = self._place(qk, call)
-        attend = self._one if call.tokens == 1 else self._many
-        parts = [attend(lane, start, qk[rows], v[rows]) for lane, start, rows in call.spans()]
-        mixed = parts[0] if len(parts) == 1 else torch.cat(parts)  # [R, heads × Dv]
+        mixed = self.attend(qk, v, call)
         if s.gate != "none":
             mixed = self._gated(mixed, h, gate)
         return linear(mixed, self.out, self.out_bias)
@@ -123,84 +214,6 @@ class TorchAttention:
             return mixed * gate
         heads = mixed.view(len(mixed), self.spec.heads, -1)
         return (heads * gate[..., None]).flatten(-2)
-
-    def _first_seen(self, position: int) -> int:
-        """The first position that a query sees."""
-        s = self.spec
-        if s.window:
-            return max(0, position - s.window + 1)
-        return position // s.chunk * s.chunk if s.chunk else 0
-
-    def _one(self, lane: int, start: int, qk: Tensor, v: Tensor) -> Tensor:
-        """One token of one lane: the G query heads of a key head stand as rows, so nothing is
-        repeated and, all keys being in sight, nothing is masked."""
-        s, end, first = self.spec, start + 1, self._first_seen(start)
-        self.keys[lane, :, start], self.values[lane, :, start] = qk[0, s.heads :], v[0]
-        q = qk[0, : s.heads].view(1, s.kv_heads, -1, s.head_dim)
-        keys, values = (cache[None, lane, :, first:end] for cache in (self.keys, self.values))
-        if self._is_plain:
-            out = F.scaled_dot_product_attention(q, keys, values, scale=s.scale)
-        else:
-            sinks = None if self.sinks is None else self.sinks.view(1, s.kv_heads, -1, 1)
-            out = attend(q, keys, values, None, s.scale, s.softcap, sinks)
-        return out.reshape(1, -1)
-
-    def _many(self, lane: int, start: int, qk: Tensor, v: Tensor) -> Tensor:
-        """T tokens of one lane, after `start` cached ones."""
-        s, tokens = self.spec, len(v)
-        end, first = start + tokens, self._first_seen(start)
-        self.keys[lane, :, start:end] = qk[:, s.heads :].transpose(0, 1)
-        self.values[lane, :, start:end] = v.transpose(0, 1)
-        G = s.heads // s.kv_heads
-        keys, values = (
-            cache[lane, :, first:end].repeat_interleave(G, 0) for cache in (self.keys, self.values)
-        )  # each [heads, S, D]
-        q = qk[:, : s.heads].transpose(0, 1)
-        if start == 0 and self._is_plain and self._first_seen(tokens - 1) == 0:
-            out = F.scaled_dot_product_attention(
-                q[None], keys[None], values[None], is_causal=True, scale=s.scale
-            )[0]
-        else:
-            out = self._masked(q, keys, values, start, first)
-        return out.transpose(0, 1).reshape(tokens, -1)
-
-    def _masked(self, q: Tensor, keys: Tensor, values: Tensor, start: int, first: int) -> Tensor:
-        """Queries from position `start`, keys from `first`: in blocks, so that masks stay small."""
-        s, blocks = self.spec, []
-        for at in range(0, q.shape[1], QUERY_BLOCK):
-            block = q[:, at : at + QUERY_BLOCK]
-            begin = start + at
-            end = begin + block.shape[1]
-            low = self._first_seen(begin)
-            query = torch.arange(begin, end, device=q.device)[:, None]
-            key = torch.arange(low, end, device=q.device)[None]
-            mask = key <= query
-            if s.window:
-                mask &= key > query - s.window
-            if s.chunk:
-                mask &= key >= query // s.chunk * s.chunk
-            seen = slice(low - first, end - first)
-            arrays = block[None], keys[None, :, seen], values[None, :, seen]
-            if self._is_plain:
-                out = F.scaled_dot_product_attention(*arrays, mask, scale=s.scale)
-            else:
-                sinks = None if self.sinks is None else self.sinks.view(1, -1, 1, 1)
-                out = attend(*arrays, mask, s.scale, s.softcap, sinks)
-            blocks.append(out[0])
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-
-    @property
-    def _is_plain(self) -> bool:
-        return self.sinks is None and not self.spec.softcap
-
-
-# What queries are multiplied by, for positions counted from 1 (Llama 4; Beam).
-_WARMTH: dict[str, Callable[[Tensor, Attention], Tensor]] = {
-    "log": lambda at, s: (
-        torch.log1p(torch.floor(at / s.temperature_floor)) * s.temperature_scale + 1
-    ),
-    "power": lambda at, s: torch.exp(s.temperature_scale * torch.log1p(at / s.temperature_floor)),
-}
 
 
 def attend(
