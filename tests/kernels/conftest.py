@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+MLX = ("test_metal_decoder.py", "test_metal_launch.py")
 collect_ignore_glob = [] if find_spec("triton") else ["test_triton_*.py"]
-collect_ignore_glob += [] if find_spec("mlx") else ["test_mlx_*.py", "test_metal_launch.py"]
+collect_ignore_glob += [] if find_spec("mlx") else ["test_mlx_*.py", *MLX]
 
 
 @pytest.fixture(scope="session")

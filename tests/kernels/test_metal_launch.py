@@ -7,7 +7,7 @@ of the compiled text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given, settings
 
 from moescope.kernels import RouterPolicy, RouterSpec, RouterWiring, compare, mlx_ops, route
-from moescope.kernels.metal.launch import Kernel, Launch, gate_router_kernel, router_kernel
 from moescope.kernels.mlx_ops import compare_twins, gate_and_route_mlx, route_mlx
 from moescope.kernels.policy_rows import pack, pack_rows
 from moescope.kernels.reference import gate_logits
 from tests.kernels.metal_shim.build import SMALL, Variant, signature, text
-from tests.kernels.metal_shim.device import Library, as_bfloat16
-from tests.kernels.metal_shim.routers import gate_variant, place_of, router_variants
+from tests.kernels.metal_shim.device import Library
+from tests.kernels.metal_shim.mlx_device import DTYPES, Device
+from tests.kernels.metal_shim.routers import gate_variant, router_variants
 from tests.kernels.mlx_cases import on_mlx, to_numpy
 from tests.kernels.strategies import Case, cases, rows_of
 
@@ -35,59 +35,10 @@ VARIANTS = [
     gate_variant("bfloat16", "bfloat16"),
     gate_variant("float32", "bfloat16"),
 ]
-DTYPES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16", mx.int32: "int32"}
 
 
 def spec_of(E: int, K: int, **policy: Any) -> RouterSpec:
     return RouterSpec(RouterPolicy(K, **policy), RouterWiring(E)).resolved("float32")
-
-
-# --- a device of compiled text in MLX's place -----------------------------------------------------
-
-
-class Device:
-    """`mx.fast.metal_kernel`, whose kernels run here. It refuses what MLX refuses."""
-
-    def __init__(self, library: Library) -> None:
-        self.library, self.launched = library, []
-
-    def metal_kernel(self, *, name: str, **made: Any) -> Callable[..., list[mx.array]]:
-        kernels = {k.name: k for k in (router_kernel(), gate_router_kernel())}
-        kernel = kernels[name]
-        assert made == {
-            "input_names": list(kernel.input_names),
-            "output_names": list(kernel.output_names),
-            "header": kernel.header,
-            "source": kernel.source,
-        }
-        return lambda **call: self.run(kernel, **call)
-
-    def run(
-        self,
-        kernel: Kernel,
-        *,
-        inputs: Sequence[mx.array],
-        template: list[tuple[str, int]],
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
-        output_shapes: list[tuple[int, ...]],
-        output_dtypes: list[mx.Dtype],
-    ) -> list[mx.array]:
-        assert len(inputs) == len(kernel.input_names)
-        assert len(output_shapes) == len(output_dtypes) == len(kernel.output_names)
-        names = tuple(DTYPES[dtype] for dtype in output_dtypes)
-        launch = Launch(kernel, tuple(template), grid, threadgroup, tuple(output_shapes), names, ())
-        dtypes = [DTYPES[a.dtype] for a in inputs]
-        place = place_of(self.library.variants, launch, *dtypes)
-        arrays = [self.numpy(a) for a in inputs]
-        self.launched.append(launch)
-        return [mx.array(a) for a in self.library(place, launch, arrays)]
-
-    @staticmethod
-    def numpy(x: mx.array) -> np.ndarray:
-        return (
-            as_bfloat16(np.array(x.astype(mx.float32))) if x.dtype == mx.bfloat16 else np.array(x)
-        )
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 #ifndef MOESCOPE_METAL_ENGINE_H
 #define MOESCOPE_METAL_ENGINE_H
 
+#if defined(__x86_64__)
 #include <xmmintrin.h>
+#endif
 
 #include <cstdio>
 #include <string>
@@ -34,11 +36,25 @@ struct Simdgroup {
 
 const char *run_job(const Job &job);
 
+#if defined(__x86_64__)
+enum : uint64_t { FLUSH = 0x8040 }; /* results, and operands */
+inline uint64_t control() { return _mm_getcsr(); }
+inline void set_control(uint64_t word) { _mm_setcsr(unsigned(word)); }
+#elif defined(__aarch64__)
+enum : uint64_t { FLUSH = 1u << 24 };
+inline uint64_t control() {
+    uint64_t word;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(word));
+    return word;
+}
+inline void set_control(uint64_t word) { __asm__ volatile("msr fpcr, %0" : : "r"(word)); }
+#endif
+
 /* Sets flush-to-zero for as long as it lives. */
 struct Flushing {
-    unsigned before;
-    explicit Flushing(int on) : before(_mm_getcsr()) { _mm_setcsr(on ? before | 0x8040u : before); }
-    ~Flushing() { _mm_setcsr(before); }
+    uint64_t before;
+    explicit Flushing(int on) : before(control()) { set_control(on ? before | FLUSH : before); }
+    ~Flushing() { set_control(before); }
 };
 
 inline uint3 groups_of(const Job &job) {
