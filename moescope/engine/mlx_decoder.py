@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import mlx.core as mx
@@ -21,50 +20,23 @@ from numpy.typing import NDArray
 
 from moescope.engine import mlx_operators as ops
 from moescope.engine.decoder import (
-    RESIDUAL,
-    Branch,
     DecoderSpec,
-    MoE,
-    Rope,
-    RoutedAttention,
-    rotary_embeddings,
 )
 from moescope.engine.interpreter import Draw, Router, StepOutput
+from moescope.engine.mlx_forward import Forward, States
 from moescope.engine.mlx_limits import refuse_unsupported
 from moescope.engine.mlx_operators import record as records
+from moescope.engine.mlx_policies import InForce, in_force
+from moescope.engine.rewind import Past
 from moescope.engine.steps import K_LIMIT, Policies
 from moescope.errors import ExitCode, MoescopeError
-from moescope.kernels.mlx_ops import fields_of
-from moescope.kernels.policy_rows import COLUMN
 from moescope.kernels.spec import RouterPolicy, RouterSpec
 from moescope.trace.frames import RecordLevel
 
 SEEN = 128  # rows of the caches a step looks at: this, or a power of two times it
 KEPT_STEPS = 64  # compiled steps, one for each set of shapes
-States = list[list[mx.array]]  # per operator
-Normalise = Callable[[mx.array], mx.array] | None
-Branching = tuple[Normalise, ops.MLXOperator, Normalise, Branch]  # pre-norm, operator, post-norm
+Rows = Sequence[Sequence[mx.array | None]]  # of one lane
 Step = Callable[[mx.array, mx.array, mx.array, States], tuple[list[mx.array], States]]
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One layer."""
-
-    branches: list[Branching]
-    scale: mx.array | None  # of the residual after the layer
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class InForce:
-    """The policies of some lanes, as a step reads them and as it is compiled for them."""
-
-    rows: mx.array  # [L, N, P, WIDTH]
-    picks: tuple[int, ...]
-    recorded: tuple[int, ...]
-    gate_bits: tuple[int, ...]
-    fields: frozenset[str]
-    shadow_K: int
 
 
 class MLXDecoder:
@@ -90,44 +62,23 @@ class MLXDecoder:
         if compiled is None:
             compiled = mx.metal.is_available() or os.environ.get("MOESCOPE_MLX_COMPILE") == "1"
         self.compiled = compiled and compiles()
-        self._embed = ops.matrix(weights["embed.weight"])
-        self._head = self._embed if spec.tied_head else ops.matrix(weights["head.weight"])
-        self._head_bias = ops.array(weights["head.bias"]) if spec.head_bias else None
-        self._final = ops.load_norm(spec.final_norm, weights, "final_norm")
-        self._stages = self._build(weights)
-        self._operators = [run for stage in self._stages for _, run, _, _ in stage.branches]
-        self._ropes = {
-            id(rope): rope
-            for _, branch in spec.operators()
-            for rope in rotary_embeddings(branch.operator)
-        }
-        self._tables: dict[int, tuple[mx.array, mx.array]] = {}  # by the id of a rope
+        self.forward = Forward(spec, weights, self.routers, dtype)
+        self._operators = self.forward.operators
         self._states: States = [[] for _ in self._operators]
+        self._rewritten = [
+            (number, place)
+            for number, run in enumerate(self._operators)
+            for place, held in enumerate(run.state(1, 1))
+            if not held.per_token
+        ]  # arrays of state, by operator, that a lane cannot go back in
         self._lanes = self._capacity = 0
         self._lengths: list[int] = []
+        self._pasts: list[Past] = []  # of lanes, where state is rewritten
         self._policies = Policies([router.spec for router in self.routers])
         self._in_force: dict[tuple[int, ...], InForce] = {}
         self._steps: dict[ops.Static, Step] = {}
         self.traced = 0  # how often a step's operations were written down anew
         self.kernels = _kernels(weights, self.compiled)
-
-    def _build(self, weights: ops.Weights) -> list[Stage]:
-        routers = 0
-        stages: list[Stage] = []
-        for number, layer in enumerate(self.spec.layers):
-            branches: list[Branching] = []
-            for branch in layer.branches:
-                path, operator = f"layers.{number}.{branch.name}", branch.operator
-                if isinstance(operator, MoE | RoutedAttention):
-                    operator = replace(operator, router=self.routers[routers].spec)
-                run = ops.OPERATORS[type(operator)](operator, weights, path, self.dtype, routers)
-                routers += isinstance(operator, MoE | RoutedAttention)
-                pre = ops.load_norm(branch.pre_norm, weights, f"{path}.pre_norm")
-                post = ops.load_norm(branch.post_norm, weights, f"{path}.post_norm")
-                branches.append((pre, run, post, branch))
-            scale = ops.array(weights[f"layers.{number}.scale"]) if layer.learned_scale else None
-            stages.append(Stage(branches, scale))
-        return stages
 
     def _here(self) -> None:
         assert threading.get_ident() == self._thread, "MLX arrays stay on the thread that made them"
@@ -155,17 +106,13 @@ class MLXDecoder:
                 code=ExitCode.RESOURCES,
             ) from error
         if capacity > self._capacity:
-            self._tables = {key: self._table(rope, capacity) for key, rope in self._ropes.items()}
+            self.forward.rotate(capacity)
         self._lengths += [0] * (lanes - self._lanes)
+        self._pasts += [Past() for _ in range(lanes - self._lanes)]
         self._lanes, self._capacity = lanes, capacity
         self._steps.clear()
         self._policies.open(lanes)
         self._in_force.clear()
-
-    def _table(self, rope: Rope, capacity: int) -> tuple[mx.array, mx.array]:
-        dtype = mx.float32 if rope.applies == "float32" else ops.DTYPES[self.dtype]
-        cos, sin = (mx.array(a).astype(dtype) for a in ops.rotary_table(rope, capacity))
-        return cos, sin
 
     def set_policies(self, lane: int, policies: Sequence[RouterPolicy]) -> None:
         """From the next call on, `lane` routes under these, one per router."""
@@ -202,7 +149,10 @@ class MLXDecoder:
 
     def truncate(self, lane: int, length: int) -> None:
         """Forget everything from `length` on."""
+        self._here()
         assert 0 <= length <= self._lengths[lane]
+        if self._rewritten and length < self._lengths[lane]:
+            self._rewind(lane, length)
         self._lengths[lane] = length
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -210,15 +160,53 @@ class MLXDecoder:
         self._here()
         assert 0 <= length <= self._lengths[source]
         if source != target:
-            states, self._states = self._states, []
-            for arrays in states:
-                for place, array in enumerate(arrays):
-                    row = array[source : source + 1]
-                    arrays[place] = mx.slice_update(array, row, mx.array([target]), (0,))
-            del array, row
-            mx.eval(states)
-            self._states = states
-        self._lengths[target] = length
+            rows = [[array[source] for array in arrays] for arrays in self._states]
+            self._write(target, rows)
+            self._lengths[target] = self._lengths[source]
+            self._pasts[target] = self._pasts[source].copied(self._lengths[source])
+        self.truncate(target, length)
+
+    def _write(self, lane: int, rows: Rows) -> None:
+        """Give `lane` these rows of every array of state; None: leave what it has."""
+        states, self._states = self._states, []
+        for arrays, new in zip(states, rows, strict=True):
+            for place, row in enumerate(new):
+                if row is not None:
+                    arrays[place] = mx.slice_update(
+                        arrays[place], row[None], mx.array([lane]), (0,)
+                    )
+        mx.eval(states)
+        self._states = states
+
+    def _remember(self, lane: int, ids: list[int]) -> None:
+        """What a lane was fed, and now and then what its operators hold."""
+        past = self._pasts[lane]
+        past.fed(ids, self._policies.specs[lane])
+        if past.wants_snapshot(len(ids)):
+            saved = [self._states[number][place][lane] + 0 for number, place in self._rewritten]
+            mx.eval(saved)
+            past.save(saved, sum(array.nbytes for array in saved))
+
+    def _rewind(self, lane: int, length: int) -> None:
+        """Restore the nearest snapshot, and feed again what came after it."""
+        past = self._pasts[lane]
+        start = past.nearest(length)
+        rows: list[list[mx.array | None]] = [[None] * len(arrays) for arrays in self._states]
+        for at, (number, place) in enumerate(self._rewritten):
+            held = self._states[number][place]
+            fresh = mx.zeros(held.shape[1:], held.dtype)
+            rows[number][place] = past.snapshots[start][at] if start else fresh
+        self._write(lane, rows)
+        self._lengths[lane] = start
+        now = self._policies.specs[lane]
+        for ids, specs in past.spans(start, length):
+            self._policies.set(lane, specs)
+            self._in_force.clear()
+            self._run((lane,), np.array([ids], np.int64), False, "ids")
+            self._lengths[lane] += len(ids)
+        self._policies.set(lane, now)
+        self._in_force.clear()
+        past.cut(length)
 
     def cache_bytes(self, lanes: int, capacity: int) -> int:
         """Bytes of state `open` would allocate."""
@@ -253,8 +241,10 @@ class MLXDecoder:
             ]
             out = outs[0] if len(outs) == 1 else records.merged(outs)
             mx.clear_cache()
-        for lane in lanes:
+        for lane, row in zip(lanes, ids, strict=True):
             self._lengths[lane] += ids.shape[1]
+            if self._rewritten:
+                self._remember(lane, row.tolist())
         return out
 
     def _check(self, lanes: tuple[int, ...], ids: NDArray[np.int64]) -> None:
@@ -312,7 +302,7 @@ class MLXDecoder:
 
     def _step(self, static: ops.Static) -> Step:
         """What runs a call of this shape; compiled where single tokens are."""
-        step: Step = partial(self._forward, static)
+        step: Step = partial(self._traced, static)
         if static.tokens > 1 or not self.compiled:
             return step
         if static not in self._steps:
@@ -321,95 +311,17 @@ class MLXDecoder:
             self._steps[static] = mx.compile(step)
         return self._steps[static]
 
-    def _forward(
+    def _traced(
         self, static: ops.Static, ids: mx.array, positions: mx.array, rows: mx.array, states: States
     ) -> tuple[list[mx.array], States]:
-        """ids, positions [R], rows [L, R, P, WIDTH] -> next-token logits and what the routers
-        decided, and the state after it."""
         self.traced += static.tokens == 1
-        spec, state = self.spec, iter(states)
-        call = ops.Call(static, ids, positions, rows, self._rotations(static, positions))
-        x = self._embed.take(ids)  # [R, H]
-        if spec.embedding_scale != 1.0:
-            x = x * mx.array(spec.embedding_scale, x.dtype)
-        taps = {RESIDUAL: x}
-        after: States = []
-        for stage in self._stages:
-            taps = _run_layer(stage, taps, call, spec.carried, state, after)
-        x = taps[RESIDUAL]
-        if static.tokens > 1 and not static.all_logits:
-            x = x[-1:]
-        logits = self._head(x if self._final is None else self._final(x), self._head_bias)
-        return [self._scaled(logits), *records.stacked(call.routings)], after
-
-    def _scaled(self, logits: mx.array) -> mx.array:
-        spec = self.spec
-        if spec.logit_scale != 1.0:
-            logits = logits * spec.logit_scale
-        if spec.logit_softcap:
-            logits = mx.tanh(logits / spec.logit_softcap) * spec.logit_softcap
-        return logits
-
-    def _rotations(
-        self, static: ops.Static, positions: mx.array
-    ) -> dict[int, tuple[mx.array, mx.array]]:
-        """cos and signed sin of every row [R, 1, dims], by the id of a rope."""
-        found = {}
-        for key, rope in self._ropes.items():
-            at, (cos, sin) = positions, self._tables[key]
-            if ops.switches(rope):
-                assert rope.scaling is not None
-                length = positions + 1 if static.tokens == 1 else static.start + static.tokens
-                at = positions + (length > rope.scaling.original_context) * self._capacity
-            found[key] = cos[at][:, None], sin[at][:, None]
-        return found
+        return self.forward(static, ids, positions, rows, states)
 
     def _policies_of(self, lanes: tuple[int, ...]) -> InForce:
-        """What the lanes route under: rows of numbers, and what of them decides shapes."""
         found = self._in_force.get(lanes)
         if found is None:
-            rows = self._policies.rows[list(lanes)].transpose(2, 0, 1, 3)  # [L, N, P, WIDTH]
-            K = rows[..., COLUMN["num_experts_per_tok"]].astype(int)
-            fields = [
-                fields_of(r, router.spec.E) for r, router in zip(rows, self.routers, strict=True)
-            ]
-            found = self._in_force[lanes] = InForce(
-                rows=mx.array(rows.astype(np.float32)),
-                picks=tuple(K[:, :, 0].max(1).tolist()),
-                recorded=tuple(K.max((1, 2)).tolist()),
-                gate_bits=tuple(np.unique(rows[..., COLUMN["gate"]]).astype(int).tolist()),
-                fields=frozenset().union(*fields),
-                shadow_K=int(K[:, :, 1:].max(initial=0)),
-            )
+            found = self._in_force[lanes] = in_force(self._policies.rows[list(lanes)], self.routers)
         return found
-
-
-def _run_layer(
-    stage: Stage,
-    taps: dict[str, mx.array],
-    call: ops.Call,
-    carried: tuple[str, ...],
-    states: Iterator[list[mx.array]],
-    after: States,
-) -> dict[str, mx.array]:
-    """The taps after a layer: the residual, and those that live on. Every operator takes its state
-    from `states`, and what it is afterwards goes to `after`."""
-    call.taps = taps = dict(taps)
-    for pre, run, post, branch in stage.branches:
-        call.read, call.state = taps[branch.reads], next(states)
-        y = run(call.read if pre is None else pre(call.read), call)
-        after.append(call.state)
-        if post is not None:
-            y = post(y)
-        if branch.multiplier != 1.0:
-            y = y * branch.multiplier
-        held = taps.get(branch.adds_to)
-        if held is not None and branch.keeps != 1.0:
-            held = held * branch.keeps
-        taps[branch.adds_to] = y if held is None else held + y
-    if stage.scale is not None:
-        taps[RESIDUAL] = taps[RESIDUAL] * stage.scale
-    return {name: value for name, value in taps.items() if name in (RESIDUAL, *carried)}
 
 
 def _grown(old: list[mx.array], held: ops.Held) -> mx.array:

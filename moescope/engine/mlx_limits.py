@@ -11,17 +11,23 @@ from dataclasses import fields
 from typing import Any
 
 from moescope.engine.decoder import (
+    MLA,
     MLP,
     Attention,
     Branch,
     DecoderSpec,
     Experts,
+    Indexer,
     Layer,
+    LinearAttention,
     MoE,
     Norm,
     Pass,
     Rope,
     RopeScaling,
+    RoutedAttention,
+    ShortConv,
+    StateSpace,
 )
 from moescope.engine.families import forms
 from moescope.engine.families.places import Piece, Placement
@@ -29,35 +35,75 @@ from moescope.engine.limits import Limits
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
-OPERATORS: tuple[type, ...] = (Attention, MLP, MoE, Pass)
+OPERATORS: tuple[type, ...] = (
+    Attention,
+    LinearAttention,
+    MLA,
+    MLP,
+    MoE,
+    Pass,
+    RoutedAttention,
+    ShortConv,
+    StateSpace,
+)
 
 HONOURED: dict[type, str] = {
-    DecoderSpec: "vocab_size hidden context layers final_norm tied_head head_bias embedding_scale "
-    "logit_scale logit_softcap carried",
+    DecoderSpec: "vocab_size hidden context layers final_norm tied_head head_bias norm_head "
+    "embedding_scale logit_scale logit_softcap carried",
     Layer: "branches learned_scale",
-    Branch: "name operator pre_norm post_norm multiplier reads adds_to",
-    Norm: "width eps kind weight bias applies",
+    Branch: "name operator pre_norm post_norm multiplier reads adds_to keeps",
+    Norm: "width eps kind weight bias applies gate_rank",
     Rope: "theta dims style scaling applies sections",
     RopeScaling: "kind factor original_context attention_factor beta_fast beta_slow truncate "
     "low_freq_factor high_freq_factor short_factor long_factor short_mscale long_mscale "
     "rotated_dims",
     Attention: "hidden heads kv_heads head_dim scale rope window chunk v_head_dim qkv_bias "
     "out_bias qk_norm kv_norm qk_norm_over qk_norm_after_rope v_norm clip_qkv sinks softcap gate "
-    "keys_are_values value_scale temperature_scale temperature_floor",
+    "keys_are_values value_scale temperature_scale temperature_floor temperature_kind gate_bias",
+    LinearAttention: "hidden kind key_heads value_heads key_dim value_dim conv_kernel out_norm "
+    "out_gate gate_rank decay_floor",
+    MLA: "hidden heads kv_lora_rank nope_dim rope_dim v_dim scale rope q_lora_rank latent_norm "
+    "q_latent_norm q_latent_scale kv_latent_scale bias q_reads_raw gate temperature_scale "
+    "temperature_floor indexer shares_choice",
+    Indexer: "heads head_dim topk rope norm",
     MLP: "hidden width activation glu bias limit limit_site alpha up_shift",
     Experts: "width activation glu bias limit limit_site alpha up_shift hidden",
     MoE: "hidden router experts shared output_bias router_norm sums_in_float32",
     Pass: "",
+    RoutedAttention: "hidden router kv_heads head_dim scale rope output_bias",
+    ShortConv: "hidden kernel bias",
+    StateSpace: "hidden kind inner state_size conv_kernel heads head_dim groups dt_rank conv_bias "
+    "bias inner_norms gated_norm dt_floor dt_ceiling",
     RouterSpec: "policy wiring",
     RouterPolicy: " ".join(f.name for f in fields(RouterPolicy)),  # all are the kernel's
-    RouterWiring: "num_experts num_null_experts null_expert_kind router_dtype gate_bias "
-    "shared_experts shared_expert_gate apply_router_weight_on_input combine_dtype moe_latent_size",
+    RouterWiring: "num_experts num_null_experts null_expert_kind router_input router_dtype "
+    "gate_bias shared_experts shared_expert_gate shared_combination apply_router_weight_on_input "
+    "combine_dtype moe_latent_size",
 }
-_VALUES: dict[type, dict[str, tuple[Any, ...]]] = {
-    RouterWiring: {
-        "router_input": ("normed", "residual", "residual_rms_scaled"),
-        "shared_combination": ("add", "average"),
-    },
+# Of honoured fields that hold a word, the words: others may come to be.
+WORDS: dict[tuple[type, str], str] = {
+    (Norm, "kind"): "rms rms_zero_centred layer l2",
+    (Norm, "applies"): "model float32",
+    (Rope, "style"): "half interleaved",
+    (Rope, "applies"): "model float32",
+    (RopeScaling, "kind"): "linear yarn llama3 longrope proportional alpha",
+    (Attention, "qk_norm_over"): "flat per_head",
+    (Attention, "gate"): "none in_q_proj sigmoid softplus sigmoid_per_head softplus_per_head",
+    (Attention, "temperature_kind"): "log power",
+    (LinearAttention, "kind"): "gated_delta kda",
+    (LinearAttention, "out_gate"): "silu sigmoid",
+    (MLA, "gate"): "none in_q_proj sigmoid_per_head",
+    (MLP, "activation"): "silu gelu gelu_tanh relu2 swiglu_oai",
+    (MLP, "limit_site"): "before after",
+    (Experts, "activation"): "silu gelu gelu_tanh relu2 swiglu_oai",
+    (Experts, "limit_site"): "before after",
+    (StateSpace, "kind"): "mamba1 mamba2",
+    (RouterWiring, "null_expert_kind"): "none identity skip",
+    (RouterWiring, "router_input"): "normed residual residual_rms_scaled",
+    (RouterWiring, "router_dtype"): "model float32 bfloat16 float16",
+    (RouterWiring, "shared_expert_gate"): "none sigmoid",
+    (RouterWiring, "shared_combination"): "add average",
+    (RouterWiring, "combine_dtype"): "model float32 bfloat16 float16",
 }
 
 # Formats that MLX multiplies as they are published -> its name for them.
@@ -71,8 +117,9 @@ KEPT = {
 
 def _only(kind: type, honoured: str) -> dict[str, tuple[Any, ...]]:
     names = honoured.split()
-    others = {f.name: () for f in fields(kind) if f.name not in names}
-    return {**others, **_VALUES.get(kind, {})}
+    others: dict[str, tuple[Any, ...]] = {f.name: () for f in fields(kind) if f.name not in names}
+    words = {name: tuple(text.split()) for (of, name), text in WORDS.items() if of is kind}
+    return {**others, **words}
 
 
 MLX = Limits(OPERATORS, {kind: _only(kind, names) for kind, names in HONOURED.items()})

@@ -12,15 +12,30 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from moescope.engine.decoder import MLP, Attention, MoE, Pass
+from moescope.engine.decoder import (
+    MLA,
+    MLP,
+    Attention,
+    LinearAttention,
+    MoE,
+    Pass,
+    RoutedAttention,
+    ShortConv,
+    StateSpace,
+)
 from moescope.engine.mlx_operators.attention import MLXAttention
 from moescope.engine.mlx_operators.common import DTYPES, Call, Held, Stateless, Static, Weights
 from moescope.engine.mlx_operators.experts import MLXExperts
+from moescope.engine.mlx_operators.linear_attention import GatedDelta, KimiDelta
 from moescope.engine.mlx_operators.matrix import Above, Dense, Matrix, Packed, Stored, array, matrix
+from moescope.engine.mlx_operators.mla import MLXMLA
 from moescope.engine.mlx_operators.mlp import MLXMLP
 from moescope.engine.mlx_operators.moe import MLXMoE, MLXRouter
-from moescope.engine.mlx_operators.norms import load_norm
+from moescope.engine.mlx_operators.norms import load_norm, with_unit_columns
 from moescope.engine.mlx_operators.rope import rotary_table, switches
+from moescope.engine.mlx_operators.routed_attention import MLXRoutedAttention
+from moescope.engine.mlx_operators.short_conv import MLXShortConv
+from moescope.engine.mlx_operators.state_space import Mamba1, Mamba2
 
 __all__ = [
     "DTYPES",
@@ -45,6 +60,7 @@ __all__ = [
     "matrix",
     "rotary_table",
     "switches",
+    "with_unit_columns",
 ]
 
 
@@ -62,11 +78,30 @@ class MLXPass(Stateless):
         return h
 
 
+LINEAR: dict[str, Callable[[Any, Weights, str, str], MLXOperator]] = {
+    "gated_delta": GatedDelta,
+    "kda": KimiDelta,
+}
+STATE_SPACES: dict[str, Callable[[Any, Weights, str, str], MLXOperator]] = {
+    "mamba1": Mamba1,
+    "mamba2": Mamba2,
+}
 Build = Callable[[Any, Weights, str, str, int], MLXOperator]
 # operator -> (spec, weights, path, dtype, number of the router) -> running operator
 OPERATORS: dict[type, Build] = {
     Attention: lambda spec, weights, path, dtype, _: MLXAttention(spec, weights, path, dtype),
+    LinearAttention: lambda spec, weights, path, dtype, _: LINEAR[spec.kind](
+        spec, weights, path, dtype
+    ),
+    MLA: lambda spec, weights, path, dtype, _: MLXMLA(spec, weights, path, dtype),
     MLP: lambda spec, weights, path, dtype, _: MLXMLP(spec, weights, f"{path}."),
     MoE: lambda spec, weights, path, dtype, router: MLXMoE(spec, weights, path, router),
     Pass: lambda spec, weights, path, dtype, _: MLXPass(),
+    RoutedAttention: lambda spec, weights, path, dtype, router: MLXRoutedAttention(
+        spec, weights, path, dtype, router
+    ),
+    ShortConv: lambda spec, weights, path, dtype, _: MLXShortConv(spec, weights, path, dtype),
+    StateSpace: lambda spec, weights, path, dtype, _: STATE_SPACES[spec.kind](
+        spec, weights, path, dtype
+    ),
 }

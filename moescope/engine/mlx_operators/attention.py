@@ -7,107 +7,41 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from moescope.engine.decoder import Attention
+from moescope.engine.mlx_operators.activations import softplus
 from moescope.engine.mlx_operators.common import DTYPES, Call, Held, Weights
 from moescope.engine.mlx_operators.matrix import Matrix, array, matrix
 from moescope.engine.mlx_operators.norms import make_norm
 from moescope.engine.mlx_operators.rope import rotate
 
 
-class MLXAttention:
-    """Its state is keys [lanes, kv heads, capacity, D] and values [.., Dv]. What a lane does not
-    hold yet is masked, so a step of one shape serves every position."""
+class CachedAttention:
+    """Attention over keys and values that lanes keep: [lanes, kv heads, capacity, D] and [.., Dv].
+    What a lane does not hold yet is masked, so a step of one shape serves every position."""
 
-    def __init__(self, spec: Attention, weights: Weights, path: str, dtype: str) -> None:
+    def __init__(self, spec: Attention, dtype: str) -> None:
         self.spec, self.dtype = spec, DTYPES[dtype]
-        self.qkv, self.out = (matrix(weights[f"{path}.{n}.weight"]) for n in ("qkv", "o_proj"))
-        self.qkv_bias = array(weights[f"{path}.qkv.bias"]) if spec.qkv_bias else None
-        self.out_bias = array(weights[f"{path}.o_proj.bias"]) if spec.out_bias else None
-        self.normalise = _qk_norms(spec, weights, path)
-        self.v_norm = None if spec.v_norm is None else make_norm(spec.v_norm)
-        self.sinks = array(weights[f"{path}.sinks"]) if spec.sinks else None
-        self.gate: Matrix | None = None
-        if spec.gate not in ("none", "in_q_proj"):
-            self.gate = matrix(weights[f"{path}.gate_proj.weight"])
         self.v_dim = spec.v_head_dim or spec.head_dim
+        self.sinks: mx.array | None = None
 
     def state(self, lanes: int, capacity: int) -> Sequence[Held]:
+        """Keys and values of every token."""
         shape = (lanes, self.spec.kv_heads, capacity)
         return tuple(
-            Held((*shape, width), self.dtype, 2) for width in (self.spec.head_dim, self.v_dim)
+            Held((*shape, width), self.dtype) for width in (self.spec.head_dim, self.v_dim)
         )
 
-    def __call__(self, h: mx.array, call: Call) -> mx.array:
-        s = self.spec
-        qk, v, gate = self._project(h)
-        qk = self._place(qk, call)
-        attend = self._one_each if call.decodes else self._many
-        mixed = attend(qk[:, : s.heads], qk[:, s.heads :], v, call)  # [R, heads × Dv]
-        if s.gate != "none":
-            mixed = self._gated(mixed, h, gate)
-        return self.out(mixed, self.out_bias)
-
-    def _project(self, h: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
-        """qk [R, (heads + kv heads) × D], v [R, kv heads, Dv], and what gates the output."""
-        s, R = self.spec, len(h)
-        qkv = self.qkv(h, self.qkv_bias)
-        gate = None
-        if s.gate == "in_q_proj":
-            wide = s.heads * s.head_dim
-            pairs = qkv[:, : 2 * wide].reshape(R, s.heads, 2, s.head_dim)
-            gate = pairs[:, :, 1].reshape(R, wide)
-            qkv = mx.concatenate([pairs[:, :, 0].reshape(R, wide), qkv[:, 2 * wide :]], -1)
-        split = (s.heads + s.kv_heads) * s.head_dim
-        qk = qkv[:, :split]
-        v = qk[:, s.heads * s.head_dim :] if s.keys_are_values else qkv[:, split:]
-        if s.clip_qkv is not None:
-            v = mx.clip(v, -s.clip_qkv, s.clip_qkv)
-        v = v.reshape(R, s.kv_heads, self.v_dim)
-        if self.v_norm is not None:
-            v = self.v_norm(v)
-        return qk, v if s.value_scale == 1.0 else v * s.value_scale, gate
-
-    def _place(self, qk: mx.array, call: Call) -> mx.array:
-        """Queries and keys [R, heads + kv heads, D], normalised and turned to their positions."""
-        s = self.spec
-        if not s.qk_norm_after_rope:
-            qk = self.normalise(qk)
-        if s.clip_qkv is not None:
-            qk = mx.clip(qk, -s.clip_qkv, s.clip_qkv)
-        qk = qk.reshape(len(qk), s.heads + s.kv_heads, s.head_dim)
-        if s.rope is not None:
-            qk = rotate(qk, s.rope, call.rotations[id(s.rope)])
-        if s.qk_norm_after_rope:
-            qk = self.normalise(qk.flatten(1)).reshape(qk.shape)
-        if s.temperature_scale:
-            steps = mx.floor((call.positions.astype(mx.float32) + 1) / s.temperature_floor)
-            warmth = mx.log1p(steps) * s.temperature_scale + 1
-            queries = (qk[:, : s.heads] * warmth[:, None, None]).astype(qk.dtype)
-            qk = mx.concatenate([queries, qk[:, s.heads :]], 1)
-        return qk
-
-    def _gated(self, mixed: mx.array, h: mx.array, gate: mx.array | None) -> mx.array:
-        if gate is None:
-            assert self.gate is not None
-            gate = self.gate(h)
-        if self.spec.gate.startswith("softplus"):
-            gate = mx.logaddexp(gate.astype(mx.float32), 0).astype(mixed.dtype)
-        else:
-            gate = mx.sigmoid(gate)
-        if gate.shape[-1] == mixed.shape[-1]:
-            return mixed * gate
-        heads = mixed.reshape(len(mixed), self.spec.heads, -1)
-        return (heads * gate[..., None]).reshape(mixed.shape)
-
-    # --- keys and values ----------------------------------------------------------------------
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, call: Call) -> mx.array:
+        """q [R, heads, D] over what its lane holds and the new k [R, kv heads, D] and v -> [R,
+        heads × Dv]."""
+        return (self._one_each if call.decodes else self._many)(q, k, v, call)
 
     def _one_each(self, q: mx.array, k: mx.array, v: mx.array, call: Call) -> mx.array:
         """One token of each lane, at positions that are read at run time."""
         lanes, seen = call.static.lanes, call.static.seen
         call.state = [
-            _written(cache, new.astype(cache.dtype), lanes, call.positions)
-            for cache, new in zip(call.state, (k, v), strict=True)
+            written(cache, new, call) for cache, new in zip(call.state, (k, v), strict=True)
         ]
-        keys, values = (_of_lanes(cache, lanes, seen) for cache in call.state)
+        keys, values = (of_lanes(cache, lanes, seen) for cache in call.state)
         mask = self._mask(call, mx.arange(seen))[:, None]  # [N, 1, 1, S]
         return self._attend(q[:, :, None], keys, values, mask).reshape(len(q), -1)
 
@@ -115,10 +49,8 @@ class MLXAttention:
         """T tokens of one lane, after those it holds."""
         static = call.static
         (lane,), end = static.lanes, static.start + static.tokens
-        corner = mx.array([lane, static.start])
         call.state = [
-            mx.slice_update(cache, new.astype(cache.dtype).swapaxes(0, 1)[None], corner, (0, 2))
-            for cache, new in zip(call.state, (k, v), strict=True)
+            written(cache, new, call) for cache, new in zip(call.state, (k, v), strict=True)
         ]
         first = self._first_seen(static.start)
         keys, values = (cache[lane : lane + 1, :, first:end] for cache in call.state)
@@ -161,6 +93,93 @@ class MLXAttention:
         return attend(q, keys, values, mask, s.scale, s.softcap, self.sinks)
 
 
+class MLXAttention(CachedAttention):
+    """Projections, norms and rotation before attention; a gate and a projection after it."""
+
+    def __init__(self, spec: Attention, weights: Weights, path: str, dtype: str) -> None:
+        super().__init__(spec, dtype)
+        self.qkv, self.out = (matrix(weights[f"{path}.{n}.weight"]) for n in ("qkv", "o_proj"))
+        self.qkv_bias = array(weights[f"{path}.qkv.bias"]) if spec.qkv_bias else None
+        self.out_bias = array(weights[f"{path}.o_proj.bias"]) if spec.out_bias else None
+        self.normalise = _qk_norms(spec, weights, path)
+        self.v_norm = None if spec.v_norm is None else make_norm(spec.v_norm)
+        self.sinks = array(weights[f"{path}.sinks"]) if spec.sinks else None
+        self.gate: Matrix | None = None
+        if spec.gate not in ("none", "in_q_proj"):
+            self.gate = matrix(weights[f"{path}.gate_proj.weight"])
+        self.gate_bias = array(weights[f"{path}.gate_bias"]) if spec.gate_bias else None
+
+    def __call__(self, h: mx.array, call: Call) -> mx.array:
+        s = self.spec
+        qk, v, gate = self._project(h)
+        qk = self._place(qk, call)
+        mixed = self.attend(qk[:, : s.heads], qk[:, s.heads :], v, call)  # [R, heads × Dv]
+        if s.gate != "none":
+            mixed = self._gated(mixed, h, gate)
+        return self.out(mixed, self.out_bias)
+
+    def _project(self, h: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
+        """qk [R, (heads + kv heads) × D], v [R, kv heads, Dv], and what gates the output."""
+        s, R = self.spec, len(h)
+        qkv = self.qkv(h, self.qkv_bias)
+        gate = None
+        if s.gate == "in_q_proj":
+            wide = s.heads * s.head_dim
+            pairs = qkv[:, : 2 * wide].reshape(R, s.heads, 2, s.head_dim)
+            gate = pairs[:, :, 1].reshape(R, wide)
+            qkv = mx.concatenate([pairs[:, :, 0].reshape(R, wide), qkv[:, 2 * wide :]], -1)
+        split = (s.heads + s.kv_heads) * s.head_dim
+        qk = qkv[:, :split]
+        v = qk[:, s.heads * s.head_dim :] if s.keys_are_values else qkv[:, split:]
+        if s.clip_qkv is not None:
+            v = mx.clip(v, -s.clip_qkv, s.clip_qkv)
+        v = v.reshape(R, s.kv_heads, self.v_dim)
+        if self.v_norm is not None:
+            v = self.v_norm(v)
+        return qk, v if s.value_scale == 1.0 else v * s.value_scale, gate
+
+    def _place(self, qk: mx.array, call: Call) -> mx.array:
+        """Queries and keys [R, heads + kv heads, D], normalised and turned to their positions."""
+        s = self.spec
+        if not s.qk_norm_after_rope:
+            qk = self.normalise(qk)
+        if s.clip_qkv is not None:
+            qk = mx.clip(qk, -s.clip_qkv, s.clip_qkv)
+        qk = qk.reshape(len(qk), s.heads + s.kv_heads, s.head_dim)
+        if s.rope is not None:
+            qk = rotate(qk, s.rope, call.rotations[id(s.rope)])
+        if s.qk_norm_after_rope:
+            qk = self.normalise(qk.flatten(1)).reshape(qk.shape)
+        if s.temperature_scale:
+            warmth = _WARMTH[s.temperature_kind](call.positions.astype(mx.float32) + 1, s)
+            queries = (qk[:, : s.heads] * warmth[:, None, None]).astype(qk.dtype)
+            qk = mx.concatenate([queries, qk[:, s.heads :]], 1)
+        return qk
+
+    def _gated(self, mixed: mx.array, h: mx.array, gate: mx.array | None) -> mx.array:
+        if gate is None:
+            assert self.gate is not None
+            gate = self.gate(h)
+            if self.gate_bias is not None:
+                gate = gate.reshape(len(h), self.spec.heads, -1) + self.gate_bias[:, None]
+                gate = gate.flatten(1)
+        if self.spec.gate.startswith("softplus"):
+            gate = softplus(gate.astype(mx.float32)).astype(mixed.dtype)
+        else:
+            gate = mx.sigmoid(gate)
+        if gate.shape[-1] == mixed.shape[-1]:
+            return mixed * gate
+        heads = mixed.reshape(len(mixed), self.spec.heads, -1)
+        return (heads * gate[..., None]).reshape(mixed.shape)
+
+
+# What queries are multiplied by, for positions counted from 1 (Llama 4; Beam).
+_WARMTH: dict[str, Callable[[mx.array, Attention], mx.array]] = {
+    "log": lambda at, s: mx.log1p(mx.floor(at / s.temperature_floor)) * s.temperature_scale + 1,
+    "power": lambda at, s: mx.exp(s.temperature_scale * mx.log1p(at / s.temperature_floor)),
+}
+
+
 def attend(
     q: mx.array,
     keys: mx.array,
@@ -189,19 +208,21 @@ def attend(
     return (shares @ values[:, :, None]).reshape(N, heads, T, -1)
 
 
-def _written(
-    cache: mx.array, new: mx.array, lanes: tuple[int, ...], positions: mx.array
-) -> mx.array:
-    """`cache` [lanes, heads, capacity, D] with `new` [N, heads, D] at each lane's position."""
+def written(cache: mx.array, new: mx.array, call: Call) -> mx.array:
+    """`cache` [lanes, heads, capacity, D] with `new` [R, heads, D] at the positions of its rows."""
+    lanes, static, new = call.static.lanes, call.static, new.astype(cache.dtype)
+    if not call.decodes:
+        corner = mx.array([lanes[0], static.start])
+        return mx.slice_update(cache, new.swapaxes(0, 1)[None], corner, (0, 2))
     if len(lanes) == 1:
-        corner = mx.concatenate([mx.array([lanes[0]], mx.int32), positions])
+        corner = mx.concatenate([mx.array(lanes, mx.int32), call.positions])
         return mx.slice_update(cache, new[:, :, None], corner, (0, 2))
-    written = cache[...]  # what follows assigns to the name, not to the caller's array
-    written[mx.array(lanes), :, positions] = new
-    return written
+    found = cache[...]  # what follows assigns to the name, not to the caller's array
+    found[mx.array(lanes), :, call.positions] = new
+    return found
 
 
-def _of_lanes(cache: mx.array, lanes: tuple[int, ...], seen: int) -> mx.array:
+def of_lanes(cache: mx.array, lanes: tuple[int, ...], seen: int) -> mx.array:
     """The first `seen` rows of the lanes; a view, unless lanes are missing in between."""
     first, last = lanes[0], lanes[-1]
     if lanes == tuple(range(first, last + 1)):

@@ -51,6 +51,7 @@ class Call:
     state: list[mx.array] = field(default_factory=list)
     read: mx.array | None = None
     taps: dict[str, mx.array] = field(default_factory=dict)
+    choice: mx.array | None = None  # what the last indexer let every row see [R, S]; None: all
 
     @property
     def decodes(self) -> bool:
@@ -60,11 +61,12 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """An array of an operator's state, [lanes, ...]; `tokens` is the axis that counts tokens."""
+    """An array of an operator's state, [lanes, ...]: rows of its own for every token, or one that
+    is rewritten with each."""
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
-    tokens: int | None = None
+    per_token: bool = True
 
     @property
     def nbytes(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from moescope.engine.decoder import MoE
+from moescope.engine.mlx_operators.activations import make_activation
 from moescope.engine.mlx_operators.common import DTYPES, Weights
 from moescope.engine.mlx_operators.matrix import array, matrix
-from moescope.engine.mlx_operators.mlp import make_activation
 
 SORT_FROM = 64  # picks in a call from which rows are sorted by expert
 
@@ -32,41 +34,50 @@ class MLXExperts:
         are those from E on, add nothing. A row's parts are added up in the order of experts."""
         order = mx.argsort(ids, -1)
         ids, weights = (mx.take_along_axis(a, order, -1) for a in (ids, weights))
-        used = (ids >= 0) & (ids < self.wiring.num_experts)
-        # MLX checks no index. An unused place takes an expert that the row reads anyway.
-        some = mx.max(mx.where(used, ids, 0), -1, keepdims=True)
-        ids = mx.where(used, ids, some)
+        used, ids = readable(ids, self.wiring.num_experts)
         scale = weights.astype(self.combine)[..., None]  # [R, K, 1]
-        x = mx.broadcast_to(h[:, None], (*ids.shape, h.shape[-1]))
         if self.wiring.apply_router_weight_on_input:
-            x = (x * scale).astype(h.dtype)
-            parts = self._products(x, ids)
-        elif ids.size >= SORT_FROM:
-            parts = (self._products(x, ids) * scale).astype(h.dtype)
+            x = (h[:, None] * scale).astype(h.dtype)  # [R, K, H]
+            parts = through(x, ids, self._products)
         else:
-            inner = self._inner(h[:, None, None], ids)  # [R, K, 1, I]
-            parts = (self._outer(inner, ids)[..., 0, :] * scale).astype(h.dtype)
-        parts = mx.where(used[..., None], parts, mx.zeros((), h.dtype))
-        out = parts[:, 0]
-        for k in range(1, ids.shape[1]):
-            out = out + parts[:, k]
-        return out
+            parts = (through(h[:, None], ids, self._products) * scale).astype(h.dtype)
+        return summed(parts, used)
 
-    def _products(self, x: mx.array, ids: mx.array) -> mx.array:
-        """x [R, K, H] through the expert of each place, sorted by expert -> [R, K, H]."""
-        flat = ids.reshape(-1)
-        order = mx.argsort(flat)
-        chosen = flat[order]
-        rows = x.reshape(-1, x.shape[-1])[order][:, None]  # [RK, 1, H]
-        parts = self._outer(self._inner(rows, chosen, ordered=True), chosen, ordered=True)
-        return parts[:, 0][mx.argsort(order)].reshape(*ids.shape, -1)
-
-    def _inner(self, x: mx.array, ids: mx.array, *, ordered: bool = False) -> mx.array:
+    def _products(self, x: mx.array, ids: mx.array, ordered: bool) -> mx.array:
         both = self.gate_up.of_experts(x, ids, ordered=ordered)
         if self.gate_up_bias is not None:
             both = both + self.gate_up_bias[ids][..., None, :]
-        return self.activation(both)
-
-    def _outer(self, x: mx.array, ids: mx.array, *, ordered: bool = False) -> mx.array:
-        out = self.down.of_experts(x, ids, ordered=ordered)
+        out = self.down.of_experts(self.activation(both), ids, ordered=ordered)
         return out if self.down_bias is None else out + self.down_bias[ids][..., None, :]
+
+
+Products = Callable[[mx.array, mx.array, bool], mx.array]  # x [.., 1, in], ids [..], do they ascend
+
+
+def readable(ids: mx.array, experts: int) -> tuple[mx.array, mx.array]:
+    """Which places of ids [R, K] name an expert, and ids that may be read: MLX checks no index. An
+    unused place takes an expert that the row reads anyway."""
+    used = (ids >= 0) & (ids < experts)
+    some = mx.max(mx.where(used, ids, 0), -1, keepdims=True)
+    return used, mx.where(used, ids, some)
+
+
+def through(x: mx.array, ids: mx.array, products: Products) -> mx.array:
+    """x [R, K or 1, in] through the expert of each place of ids [R, K] -> [R, K, out]; where they
+    are many, sorted by expert, so that each one's weights are read once."""
+    if ids.size < SORT_FROM:
+        return products(x[:, :, None], ids, False)[..., 0, :]
+    flat = ids.reshape(-1)
+    order = mx.argsort(flat)
+    rows = mx.broadcast_to(x, (*ids.shape, x.shape[-1])).reshape(-1, x.shape[-1])
+    parts = products(rows[order][:, None], flat[order], True)  # [RK, 1, out]
+    return parts[:, 0][mx.argsort(order)].reshape(*ids.shape, -1)
+
+
+def summed(parts: mx.array, used: mx.array) -> mx.array:
+    """parts [R, K, H] where `used` [R, K], added up one after the other."""
+    parts = mx.where(used[..., None], parts, mx.zeros((), parts.dtype))
+    out = parts[:, 0]
+    for k in range(1, parts.shape[1]):
+        out = out + parts[:, k]
+    return out

@@ -1,73 +1,13 @@
-"""The dense feed-forward block, and the activations that it and the experts share."""
+"""The dense feed-forward block."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import mlx.core as mx
 
-from moescope.engine.decoder import MLP, Experts
+from moescope.engine.decoder import MLP
+from moescope.engine.mlx_operators.activations import make_activation
 from moescope.engine.mlx_operators.common import Call, Stateless, Weights
 from moescope.engine.mlx_operators.matrix import array, matrix
-
-Activate = Callable[[mx.array], mx.array]
-
-
-def silu(x: mx.array) -> mx.array:
-    """x * sigmoid(x), rounded once."""
-    wide = x.astype(mx.float32)
-    return (wide * mx.sigmoid(wide)).astype(x.dtype)
-
-
-def _gelu(x: mx.array) -> mx.array:
-    wide = x.astype(mx.float32)
-    return (wide * 0.5 * (1 + mx.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
-
-
-def _gelu_tanh(x: mx.array) -> mx.array:
-    wide = x.astype(mx.float32)
-    inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
-    return (wide * 0.5 * (1 + mx.tanh(inner))).astype(x.dtype)
-
-
-def _relu2(x: mx.array) -> mx.array:
-    return mx.square(mx.maximum(x, 0))
-
-
-def _swish(alpha: float) -> Activate:
-    """gate * sigmoid(alpha * gate), every step rounded (gpt-oss)."""
-    return lambda gate: gate * mx.sigmoid(gate * alpha)
-
-
-ACTIVATIONS: dict[str, Activate] = {
-    "silu": silu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu2": _relu2,
-}
-
-
-def make_activation(spec: MLP | Experts) -> Activate:
-    """gate_up [.., 2I] (gate first; [.., I] without a gate) -> [.., I]."""
-    function = (
-        _swish(spec.alpha) if spec.activation == "swiglu_oai" else ACTIVATIONS[spec.activation]
-    )
-    if not spec.glu:
-        return function
-    limit, before, shift = spec.limit, spec.limit_site == "before", spec.up_shift
-
-    def gated(gate_up: mx.array) -> mx.array:
-        gate, up = mx.split(gate_up, 2, -1)
-        if limit and before:
-            gate = mx.minimum(gate, limit)
-        gate = function(gate)
-        if limit:
-            up = mx.clip(up, -limit, limit)
-            gate = gate if before else mx.minimum(gate, limit)
-        return gate * (up + shift) if shift else gate * up
-
-    return gated
 
 
 class MLXMLP(Stateless):

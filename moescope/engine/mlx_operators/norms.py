@@ -7,8 +7,9 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from moescope.engine.decoder import Norm
+from moescope.engine.mlx_operators.activations import silu
 from moescope.engine.mlx_operators.common import Weights
-from moescope.engine.mlx_operators.matrix import array
+from moescope.engine.mlx_operators.matrix import Matrix, array, matrix
 
 Normalise = Callable[[mx.array], mx.array]
 
@@ -26,7 +27,27 @@ def load_norm(norm: Norm | None, weights: Weights, path: str) -> Normalise | Non
     if norm is None:
         return None
     weight = array(weights[f"{path}.weight"]) if norm.weight else None
-    return make_norm(norm, weight, array(weights[f"{path}.bias"]) if norm.bias else None)
+    plain = make_norm(norm, weight, array(weights[f"{path}.bias"]) if norm.bias else None)
+    if not norm.gate_rank:
+        return plain
+    return _gated(plain, *(matrix(weights[f"{path}.gate_{name}.weight"]) for name in "ab"))
+
+
+def with_unit_columns(weight: mx.array) -> mx.array:
+    """A matrix whose columns are divided by their lengths (Ling's head)."""
+    wide = weight.astype(mx.float32)
+    return (wide / (mx.linalg.norm(wide, axis=0, keepdims=True) + 1e-7)).astype(weight.dtype)
+
+
+def _gated(norm: Normalise, down: Matrix, up: Matrix) -> Normalise:
+    """What is normed, times a sigmoid of a narrow layer over it (A.X-K2)."""
+
+    def run(x: mx.array) -> mx.array:
+        y = norm(x)
+        gate = up(silu(down(y)))
+        return (y * mx.sigmoid(gate.astype(mx.float32))).astype(y.dtype)
+
+    return run
 
 
 def _rms(norm: Norm, weight: mx.array | None, bias: mx.array | None) -> Normalise:
