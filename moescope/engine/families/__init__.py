@@ -19,8 +19,8 @@ from moescope.engine.config import Fields, bad
 from moescope.engine.decoder import DecoderSpec, Layer, MoE, RoutedAttention
 from moescope.engine.families.family import Family
 from moescope.engine.families.places import Plan, place
-from moescope.engine.families.towers import Text, parts_of, text_of
 from moescope.engine.header import TensorInfo
+from moescope.engine.towers import Text, parts_of, text_of
 from moescope.errors import MoescopeError
 from moescope.safety import single_line
 

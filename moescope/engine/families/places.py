@@ -156,6 +156,8 @@ class _Placer:
             f"layers.{number}.{branch.name}": branch.operator for number, branch in spec.operators()
         }
         self.titles: dict[str, None] = {}
+        first = self.dictionary.published("layers.0")
+        self._layers = [name.removesuffix("0") for name in first if name.endswith(".0")]
 
     def placements(self) -> Iterator[Placement]:
         for branch, found in groupby(slots(self.spec), key=_branch_of):
@@ -173,8 +175,10 @@ class _Placer:
         """Whether it is no surprise that nothing reads this tensor."""
         if name.endswith(_HARMLESS) or any(fnmatchcase(name, pattern) for pattern in known):
             return True
-        beyond = self.dictionary.alternatives(f"layers.{len(self.spec.layers)}")
-        return any(name.startswith(f"{s.name}.") for found in beyond for s in found.sources)
+        return any(
+            name.startswith(before) and _number(name[len(before) :]) >= len(self.spec.layers)
+            for before in self._layers
+        )
 
     # --- experts ----------------------------------------------------------------------------
 
@@ -277,6 +281,12 @@ class _Placer:
                 raise _misfit(slot, piece, info, self.keys)
             pieces.append(replace(piece, packed=info.reading(piece.stored_shape)))
         return replace(placement, pieces=tuple(pieces), dtype=slot.dtype)
+
+
+def _number(name: str) -> int:
+    """The layer a name begins with; -1 where it begins with none."""
+    digits = name.partition(".")[0]
+    return int(digits) if digits.isdecimal() and len(digits) < 9 else -1
 
 
 def _branch_of(slot: Slot) -> str:

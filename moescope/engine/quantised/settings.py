@@ -20,7 +20,9 @@ from moescope.engine.quantised.scheme import (
     names,
     one_of,
 )
+from moescope.engine.towers import parts_of
 
+# in the whole, or in what it says of its text
 KEYS = ("quantization_config", "quantization", "compression_config")
 
 
@@ -39,8 +41,7 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
 def _block(config: Mapping[str, Any]) -> Fields | None:
     """The object that says how weights are packed. mlx-lm writes its own under two names, and may
     keep that of the checkpoint it started from under one of them: its own counts."""
-    texts = [config, config.get("text_config")]
-    for holder in (Fields(text) for text in texts if isinstance(text, Mapping)):
+    for holder in map(Fields, parts_of(config)):
         own = holder.fields("quantization") if holder.has("quantization") else None
         if own is not None and "quant_method" not in own.values:
             return own

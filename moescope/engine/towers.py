@@ -1,7 +1,7 @@
 """Checkpoints of several towers: which part of a config is about the text, and what holds for it.
 
-Vision and omni models keep a text model of its own type in `text_config` (or `llm_config`, or below
-`thinker_config`). Only that is loaded; its tensors' prefix is `names.WRAPPERS`' affair.
+Vision and omni models keep a text model of its own type in `text_config` (or `llm_config`, or
+below `thinker_config`). Only that is loaded; the prefix of its tensors is told by `families.names`.
 """
 
 from __future__ import annotations
