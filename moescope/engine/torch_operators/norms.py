@@ -34,7 +34,8 @@ def load_norm(norm: Norm | None, weights: Weights, path: str) -> Normalise | Non
 def with_unit_columns(weight: Tensor) -> Tensor:
     """A matrix whose columns are divided by their lengths (Ling's head)."""
     wide = weight.float()
-    return (wide / (wide.norm(dim=0, keepdim=True) + 1e-7)).to(weight.dtype)
+    lengths: Tensor = torch.linalg.vector_norm(wide, dim=0, keepdim=True)
+    return wide.div(lengths + 1e-7).to(weight.dtype)
 
 
 def _gated(norm: Normalise, down: Tensor, up: Tensor) -> Normalise:
