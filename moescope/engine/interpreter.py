@@ -108,6 +108,10 @@ class Interpreter(Protocol):
     def copy(self, source: int, target: int, length: int) -> None:
         """Make `target` hold the first `length` tokens of `source`."""
 
+    # Where a router's kernel has a slow twin, an interpreter also has `twin`, its name ("" where
+    # there is one way only), `use_slow_router(on)`: from the next call on the twin routes, and the
+    # kernel beside it; and `router_difference()`, between the two since then.
+
     def cache_bytes(self, lanes: int, capacity: int) -> int:
         """Bytes of state `open` would allocate."""
 

@@ -92,6 +92,7 @@ def load_model(request: LoadRequest, progress: Progress = lambda event: None) ->
     interpreter.open(1, found.memory["cache_tokens"])
     found.facts["notes"] = [*found.notes(), *notes]
     found.facts["kernels"] = dict(interpreter.kernels)
+    found.facts["router_twin"] = getattr(interpreter, "twin", "")
     return LoadedModel(interpreter, found.spec, found.checkpoint, found.facts, found.memory)
 
 

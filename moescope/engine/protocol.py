@@ -109,6 +109,14 @@ class SameTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class SlowRouter:
+    """From the next token on, route in the slow twin of the router's kernel, and the kernel beside
+    it, to tell how far they are apart; or in the kernel again."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Stop generating; lanes and trace stay."""
 
@@ -119,7 +127,17 @@ class Close:
 
 
 Command = (
-    Generate | Pause | Resume | Step | SetVariant | AddLane | DropLane | SameTokens | Stop | Close
+    Generate
+    | Pause
+    | Resume
+    | Step
+    | SetVariant
+    | AddLane
+    | DropLane
+    | SameTokens
+    | SlowRouter
+    | Stop
+    | Close
 )
 
 # --- events, engine to screen -------------------------------------------------------------------
@@ -168,6 +186,7 @@ class Newest:
     state: Literal["idle", "prefill", "running", "paused"]
     tokens_per_second: float
     pieces: tuple[tuple[int, str], ...] = ()  # texts of ids first seen since the last one
+    router: str = ""  # while a slow twin routes: its name, and how far the kernel is from it
 
 
 @dataclass(frozen=True, slots=True)

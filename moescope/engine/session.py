@@ -15,7 +15,7 @@ from typing import Any
 from moescope.engine import sampling
 from moescope.engine.lane import Lane, letter, refuse_rewiring
 from moescope.engine.prompts import check_ids, common_prefix, further, prompt_of
-from moescope.engine.protocol import MAX_LANES, Generate, Prompted
+from moescope.engine.protocol import MAX_LANES, Generate, Note, Prompted
 from moescope.engine.stepping import Stepping
 from moescope.errors import MoescopeError
 from moescope.trace.frames import Frame, RecordLevel, TraceEvent
@@ -42,6 +42,7 @@ class Session(Stepping):
         shadows: Sequence[str] = (),
     ) -> None:
         super().__init__(model, tokenizer, writer, record, max_context, same_tokens)
+        self._slow_router = False
         for expression in variants:
             self.add_lane(expression)
         if shadows:
@@ -111,6 +112,36 @@ class Session(Stepping):
             raise MoescopeError(f"at most {MAX_LANES} shadow variants")
         self.interpreter.set_shadows(list(parsed.values()))
         self.shadows = tuple(parsed)
+
+    def set_slow_router(self, on: bool) -> None:
+        """From the next token on, the slow twin of the router's kernel routes, and the kernel
+        beside it; or the kernel again, and how far they were apart is told."""
+        twin, kernel = getattr(self.interpreter, "twin", ""), self._kernel
+        if not twin:
+            raise MoescopeError(f"the router runs in {kernel}, which has no slow twin here")
+        apart = self.interpreter.router_difference() if self._slow_router else None
+        self.interpreter.use_slow_router(on)
+        self._slow_router = on
+        first = self.lanes[min(self.lanes)]
+        self._tell(TraceEvent("note", {"router": twin if on else kernel}, first.index, first.fed))
+        if on:
+            self._note(Note(f"{twin} routes now, and {kernel} beside it"))
+        elif apart is not None:
+            self._note(Note(f"{kernel} routes again; beside {twin}: {apart.line()}"))
+
+    @property
+    def router_says(self) -> str:
+        """`torch, 6e-08 from native` while the slow twin routes; else ""."""
+        if not self._slow_router:
+            return ""
+        apart = self.interpreter.router_difference()
+        others = f", other experts in {apart.other_ids} rows" if apart.other_ids else ""
+        return f"{self.interpreter.twin}, {apart.weight:.1g} from {self._kernel}{others}"
+
+    @property
+    def _kernel(self) -> str:
+        """What routes, in a word."""
+        return str(self.interpreter.kernels.get("router", "")).split(",")[0]
 
     # --- prompts and turns ------------------------------------------------------------------------
 

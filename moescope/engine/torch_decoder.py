@@ -31,10 +31,12 @@ from moescope.engine.decoder import (
 from moescope.engine.interpreter import Draw, Router, StepOutput
 from moescope.engine.limits import refuse_unsupported
 from moescope.engine.rewind import Past
+from moescope.engine.router_twins import RouterTwins, backend_of
 from moescope.engine.steps import K_LIMIT, Policies, Shared, Step, fused_step
 from moescope.engine.torch_operators.record import collect, merged
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterPolicy, RouterSpec, Routing
+from moescope.kernels.twins import Difference
 from moescope.trace.frames import RecordLevel
 
 Normalise = Callable[[Tensor], Tensor] | None
@@ -110,6 +112,8 @@ class TorchDecoder:
         else:
             self.kernels["step"] = f"torch: {self.why_no_step}"
         self.kernels["prompts"] = "torch" + self._grouped_experts()
+        self.twin = "torch" if backend_of(self.kernels["router"]) else ""
+        self.twins: RouterTwins | None = None  # while the slow twin routes
 
     def _build(self, weights: Mapping[str, Tensor], devices: Sequence[str]) -> list[Stage]:
         dtype = ops.DTYPES[self.dtype]
@@ -207,6 +211,15 @@ class TorchDecoder:
         """See, and replace, what every router decides (`Call.intervene`); None: no longer. The
         fused step, which shows nothing, waits meanwhile."""
         self.intervene = intervene
+
+    def use_slow_router(self, on: bool) -> None:
+        """Route on the torch operators, beside the kernel; the fused step waits meanwhile."""
+        assert self.twin
+        self.twins = RouterTwins(self.kernels["router"]) if on else None
+
+    def router_difference(self) -> Difference:
+        """Between the two since the slow one was switched on."""
+        return Difference() if self.twins is None else self.twins.apart
 
     def _specs_of(self, policies: Sequence[RouterPolicy]) -> list[RouterSpec]:
         assert len(policies) == len(self.routers), "one policy per router"
@@ -325,7 +338,7 @@ class TorchDecoder:
         record: RecordLevel,
         draws: Sequence[Draw] | None,
     ) -> StepOutput:
-        if self.step is None or self.intervene is not None:
+        if self.step is None or self.intervene is not None or self.twins is not None:
             self.shared.edits += 1
             return self._run(lanes, ids, False, record)
         starts = tuple(self._lengths[lane] for lane in lanes)
@@ -334,7 +347,7 @@ class TorchDecoder:
     def _run(
         self, lanes: tuple[int, ...], ids: NDArray[np.int64], all_logits: bool, record: RecordLevel
     ) -> StepOutput:
-        watched = self.intervene is not None
+        watched = self.intervene is not None or self.twins is not None
         calls = self._prepare(lanes, ids, keep_logits=watched or record == "logits")
         first = calls[self.device]
         x = F.embedding(first.token_ids, self._embed)  # [R, H]
@@ -406,7 +419,7 @@ class TorchDecoder:
                     if place == device
                 },
                 choices=choices,
-                intervene=self.intervene,
+                intervene=self.twins.before(self.intervene) if self.twins else self.intervene,
             )
         return calls
 

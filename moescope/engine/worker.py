@@ -38,6 +38,7 @@ from moescope.engine.protocol import (
     Resume,
     SameTokens,
     SetVariant,
+    SlowRouter,
     Step,
     Stop,
 )
@@ -168,6 +169,7 @@ class Engine:
             AddLane: lambda c: session.add_lane(c.expression, c.fork_of, c.position),
             DropLane: lambda c: session.drop_lane(c.lane),
             SameTokens: lambda c: setattr(session, "same_tokens", c.on),
+            SlowRouter: lambda c: session.set_slow_router(c.on),
             Stop: lambda _: session.stop(),
         }
 
@@ -241,6 +243,7 @@ class Engine:
                 state=self.state,
                 tokens_per_second=self.rate.now(time.monotonic()) if running else 0.0,
                 pieces=self.session.take_pieces(),
+                router=self.session.router_says,
             )
         )
 

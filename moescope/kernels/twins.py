@@ -7,10 +7,19 @@ Numpy, and whatever numpy takes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from moescope.kernels.spec import Routing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picks:
+    """As much of a `Routing` as two are compared by."""
+
+    expert_ids: Any  # [..., K]
+    weights: Any  # [..., K]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +47,7 @@ class Difference:
         )
 
 
-def difference(one: Routing, other: Routing) -> Difference:
+def difference(one: Routing | Picks, other: Routing | Picks) -> Difference:
     """Between routings [..., K] of the same rows; in whatever order the picks stand."""
     ids, weights = [], []
     for routing in (one, other):

@@ -33,6 +33,7 @@ def when(state: str, *rows: Key) -> tuple[Key, ...]:
     return tuple(replace(row, when=state) for row in rows)
 
 
+FORK = "Another lane from this token on: forbid, force or scale experts, or any variant."
 CHANGE = "Where this router's first expert or the variant changed."
 
 APP = (
@@ -81,9 +82,11 @@ MAIN = (
         "live",
         Key("prompt", "i", "prompt", "Prompt", "Type a prompt; esc leaves it.", True),
         Key("stop", "ctrl+c", "stop", "Stop generating"),
+        Key("fork", "exclamation_mark", "fork", "Fork", FORK, shown="!"),
         Key("rerun", "r", "rerun(False)", "Rerun", "The same prompt with the same seed."),
         Key("reseed", "ctrl+r", "rerun(True)", "Rerun, new seed", "The same prompt."),
         Key("sampling", "s", "sampling", "Sampling", "Temperature, top-k, top-p, seed, length."),
+        Key("twin", "K", "twin", "Kernel or twin", "Route in the kernel's slow twin, and compare."),
         Key("chat", "ctrl+t", "chat", "Chat template", "Apply the model's chat template, or not."),
         *(
             Key(

@@ -42,6 +42,8 @@ def status(
     memory = sum(int(facts.get(key) or 0) for key in ("weights_bytes", "cache_bytes"))
     words = [str(facts.get("device") or ""), str(facts.get("dtype") or ""), step_word(facts)]
     backend = " ".join(printable(word, 20) for word in words if word)
+    if watch.router_says:
+        backend += f", router {printable(watch.router_says, 60)}"
     return StatusData(
         name=printable(watch.name, 60),
         shape=shape(watch.table),

@@ -54,6 +54,7 @@ class Watch:
         self.sampling = p.Sampling(temperature=0.0)
         self.turns: list[tuple[str, str]] = []
         self.chat = False
+        self.router_says = ""  # while the slow twin of the router's kernel routes
         self.same_tokens = False  # every lane is fed what lane 0 draws
         self.demo = False  # the embedded model: starts by itself
         self.opening = ""  # a prompt to begin with
@@ -111,6 +112,7 @@ class Watch:
     def _on_newest(self, event: p.Newest) -> None:
         self.mode = event.state
         self.rate = event.tokens_per_second
+        self.router_says = event.router
         if self.history is None:
             return
         self.history.pieces.update(event.pieces)

@@ -59,7 +59,8 @@ class MainKeys(Screen[None]):
             return False
         if when == "tokens" and self.subject.table is None:
             return None
-        return True
+        only_way = action == "twin" and not self.subject.facts.get("router_twin")
+        return not only_way
 
     @property
     def table(self) -> Any:
@@ -147,6 +148,10 @@ class MainKeys(Screen[None]):
         if not replay:
             self.say(f"pace: {rate}")
         self.draw()
+
+    def action_twin(self) -> None:
+        """The router's kernel, or its slow twin with the kernel beside it."""
+        self.subject.send(p.SlowRouter(not self.subject.router_says))
 
     # --- asking
 
@@ -342,9 +347,42 @@ class MainKeys(Screen[None]):
         if self.look.at >= 0:
             self.app.push_screen(BalanceScreen(self), lambda _: self.draw())  # type: ignore[arg-type]
 
-    def action_compare(self) -> None:
+    def action_fork(self) -> None:
+        """A lane that shares this one's tokens up to the cursor, under any lane expression."""
+        from moescope.ui.screens.dialogs import AskScreen
+
+        lane, table, at = self.look.lane, self.table, self.look.at
+        if lane is None or at < 0:
+            return
+        if len(self.subject.lanes) >= p.MAX_LANES:
+            self.say("no further lane can be opened here")
+            return
+        place = f"L{table.layers[self.look.router]}:{self.look.expert}"
+        own, number, position = self.look.own(), self.look.lane_number, int(lane.position[at]) + 1
+        value = f"{own}," if " with " in own else f"{own} with "
+        hint = "forbid=L3:17   force=L3:17   scale=L3:17*0.5   min_p=0.2, or a variant"
+
+        def answered(expression: str | None) -> None:
+            if expression is not None:
+                self.subject.send(p.AddLane(expression, fork_of=number, position=position))
+                self._compare()
+
+        self.app.push_screen(
+            AskScreen(
+                f"a lane forked after token {position - 1}",
+                hint,
+                f"{value}forbid={place}",
+                check=self.look.check_lane,
+            ),
+            answered,
+        )
+
+    def _compare(self) -> None:
         from moescope.ui.screens.compare import CompareScreen
 
+        self.app.push_screen(CompareScreen(self))  # type: ignore[arg-type]
+
+    def action_compare(self) -> None:
         history, watch = self.subject.history, self.subject
         lanes = set(watch.lanes) | set(history.lane_numbers() if history is not None else ())
         if len(lanes) < 2 and watch.mode == "replay":
@@ -355,7 +393,7 @@ class MainKeys(Screen[None]):
             watch.send(p.AddLane(self.look.shown or (others[0] if others else TRAINED)))
             if watch.generate is not None:
                 self.action_rerun(False)
-        self.app.push_screen(CompareScreen(self))  # type: ignore[arg-type]
+        self._compare()
 
     def action_export(self) -> None:
         from moescope.ui.screens.export import ExportScreen
