@@ -162,6 +162,7 @@ def as_mlx(hub: Path, folder: Path) -> Path:
     config = json.loads((hub / "config.json").read_text())
     model_class, arguments = _get_classes(config)
     layers = config.get("num_hidden_layers", 4)
+    config.setdefault("num_experts", config.get("num_local_experts"))
     config |= _MLX_FIELDS.get(config["model_type"], {})
     for field in fields(arguments):
         if field.default is MISSING and field.default_factory is MISSING:

@@ -22,6 +22,8 @@ from tests.tiny import save_checkpoint, tiny_checkpoint, tiny_model
 WITH_IDENTITIES = {"longcat_flash"}
 # Of these mlx-lm's code starts from quantised tensors alone.
 FROM_PACKED = {"gpt_oss"}
+# mlx-lm does without these tensors.
+LEFT_OUT = {"ernie4_5_moe": "gate.correction_bias"}
 
 
 def read(folder: Path) -> tuple[dict[str, torch.Tensor], load.Inspected]:
@@ -67,8 +69,11 @@ def test_layouts_of_every_family(family: str, tmp_path: Path) -> None:
         fused = save_checkpoint(model, tmp_path / "fused", layout="fused", model_type=family)
         same(read(fused)[0], hub)
     if known_to_mlx(family) and family not in FROM_PACKED:
-        found, _ = read(as_mlx(tmp_path / "hub", tmp_path / "mlx"))
+        found, inspected = read(as_mlx(tmp_path / "hub", tmp_path / "mlx"))
         for target, tensor in hub.items():
+            if target.endswith(LEFT_OUT.get(family, "nothing")):
+                assert not found[target].any() and "0 throughout" in inspected.plan.notes()[0]
+                continue
             # norms that hold w of 1 + w have lost what 1 + w does not hold
             torch.testing.assert_close(found[target], tensor, atol=1.2e-7, rtol=0)
 

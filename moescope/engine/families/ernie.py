@@ -11,8 +11,15 @@ from moescope.engine.config import Fields
 from moescope.engine.decoder import MLP, DecoderSpec, MoE
 from moescope.engine.families import common, ropes
 from moescope.engine.families.family import Family
-from moescope.engine.families.names import PRE_NORM_NAMES
+from moescope.engine.families.names import PRE_NORM_NAMES, SYNONYMS, Constant, Names
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
+
+_BIAS = SYNONYMS["gate.correction_bias"]
+assert isinstance(_BIAS, tuple)
+NAMES: Names = {
+    **PRE_NORM_NAMES,
+    "layers.{n}.mlp.gate.correction_bias": (*_BIAS, Constant(0.0, mlx=True)),
+}
 
 
 def ernie4_5_moe(config: Fields) -> DecoderSpec:
@@ -62,7 +69,7 @@ FAMILIES = {
     "ernie4_5_moe": Family(
         "ERNIE 4.5",
         ernie4_5_moe,
-        PRE_NORM_NAMES,
+        NAMES,
         "biased choice, renormalised",
         {"num_experts": "moe_num_experts"},
         notes=(

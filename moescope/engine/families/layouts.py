@@ -97,6 +97,7 @@ LAYOUTS: tuple[ExpertLayout, ...] = (
     ),
     _each("mlx-lm, stacked experts", "switch_mlp", *_PROJ),
     MLX_BARE,
+    _each("mlx-lm, one tensor per expert (w1, v1, w2)", "experts.{e}", "w1", "v1", "w2"),
     _each("mlx-lm, stacked experts", "experts.switch_glu", *_PROJ),
     _each("mlx-lm, stacked experts", "switch_mlp", "", "fc1", "fc2"),
 )

@@ -49,9 +49,11 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """What a tensor holds where the checkpoint has none: the last of several places."""
+    """What a tensor holds where the checkpoint has none: the last of several places. With `mlx`,
+    only in what mlx-lm wrote, which leaves some tensors out."""
 
     value: float
+    mlx: bool = False
 
 
 Place = str | In | Stack | Constant | ExpertLayout
@@ -268,7 +270,8 @@ class Dictionary:
     def _resolved(self, ours: str, place: Place) -> Iterable[Alternative]:
         match place:
             case Constant():
-                yield Alternative((), constant=place.value)
+                if self._mlx or not place.mlx:
+                    yield Alternative((), constant=place.value)
             case Stack():
                 # every tensor of a stack is below the same published parent
                 lists = [self._sources(ours, item, rows) for item, rows in place.of]

@@ -191,10 +191,11 @@ class _Placer:
         close = None
         for layout in layouts:
             for module in modules:
-                samples = [next(iter(_in(slot, layout, module)), None) for slot in weights]
-                if not all(piece is not None and piece.source in self.stored for piece in samples):
+                each = [list(_samples(slot, layout, module)) for slot in weights]
+                samples = [piece for found in each for piece in found]
+                if not all(each) or any(piece.source not in self.stored for piece in samples):
                     continue
-                if all(piece is not None and self._fits(piece) for piece in samples):
+                if all(map(self._fits, samples)):
                     self.titles[layout.title] = None
                     return layout, module
                 close = close or (layout, module)
@@ -300,18 +301,30 @@ def _sizes(form: str, operator: Any) -> tuple[int, ...]:
 
 
 def _in(slot: Slot, layout: ExpertLayout, module: str) -> Iterator[Piece]:
-    """The pieces of an experts' slot in a layout; none where the layout has no such tensors."""
-    whole = slot.name.rpartition("experts.")[2]
-    sources = [(layout.source(whole), slot.shape[1])]
-    if sources[0][0] is None:
-        sources = [(layout.source(part), rows) for part, rows in slot.parts]
-    if any(source is None for source, _ in sources):
-        return
-    row = 0
-    for source, rows in sources:
-        assert source is not None
+    """The pieces of an experts' slot in a layout."""
+    for source, row, rows in _sources(slot, layout):
         yield from _of_experts(source, module, slot.shape, row, rows)
+
+
+def _samples(slot: Slot, layout: ExpertLayout, module: str) -> Iterator[Piece]:
+    """One piece of each kind, by which a layout is known."""
+    for source, row, rows in _sources(slot, layout):
+        yield next(_of_experts(source, module, slot.shape, row, rows))
+
+
+def _sources(slot: Slot, layout: ExpertLayout) -> list[tuple[In, int, int]]:
+    """(where, first row, rows) of what a slot is filled from; none where the layout has no such
+    tensors."""
+    whole = layout.source(slot.name.rpartition("experts.")[2])
+    if whole is not None:
+        return [(whole, 0, slot.shape[1])]
+    found, row = [], 0
+    for part, rows in slot.parts:
+        if (source := layout.source(part)) is None:
+            return []
+        found.append((source, row, rows))
         row += rows
+    return found
 
 
 def _of_experts(source: In, module: str, shape: Shape, row: int, rows: int) -> Iterator[Piece]:
