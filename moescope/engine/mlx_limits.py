@@ -112,6 +112,7 @@ KEPT = {
     "mlx mxfp4": "mxfp4",
     "mlx mxfp8": "mxfp8",
     "mlx nvfp4": "nvfp4",
+    "MXFP4": "mxfp4",  # gpt-oss: the same bytes
 }
 
 

@@ -68,12 +68,20 @@ def bytes_held(plan: Plan, checkpoint: Checkpoint, dtype: str) -> int:
     for placement in plan.placements:
         held = DTYPES[dtype if placement.dtype == "model" else placement.dtype]
         if stays_packed(placement):
-            infos = [
-                checkpoint.info(name) for piece in placement.pieces for name in piece.published
-            ]
-            total += sum(prod(info.shape) * _kept_as(info, held).size for info in infos)
+            total += _packed_bytes(placement, checkpoint, held)
         else:
             total += prod(placement.shape) * _held(placement, held).size
+    return total
+
+
+def _packed_bytes(placement: Placement, checkpoint: Checkpoint, dtype: mx.Dtype) -> int:
+    """Codes as they are published, scales and biases as they are kept."""
+    total = 0
+    for piece in placement.pieces:
+        for role, name in _roles(piece.packed):
+            info = checkpoint.info(name)
+            kept = prod(info.shape) * _kept_as(role, info, dtype).size
+            total += info.nbytes if role == "weight" else kept
     return total
 
 
@@ -114,8 +122,8 @@ def _one_packed(
         infos = [checkpoint.info(n) for piece in pieces for n in _named(piece.packed, role)]
         if not infos:
             continue
-        width = infos[0].shape[-1]
-        kind = _kept_as(infos[0], DTYPES[dtype])
+        width = shape[-1] * bits // 32 if role == "weight" else shape[-1] // group
+        kind = _kept_as(role, infos[0], DTYPES[dtype])
         numbers_of = _Numbers(kind, kind)
         whole = mx.zeros((*shape[:-2], last - first, width), numbers_of.bits)
         mx.eval(whole)
@@ -130,14 +138,20 @@ def _one_packed(
     return Packed(*arrays, group, bits, KEPT[format], DTYPES[dtype])
 
 
-def _kept_as(info: TensorInfo, dtype: mx.Dtype) -> mx.Dtype:
+def _kept_as(role: str, info: TensorInfo, dtype: mx.Dtype) -> mx.Dtype:
     """The dtype of codes, scales and biases here."""
-    return {"U32": mx.uint32, "U8": mx.uint8}.get(info.dtype, accumulated(dtype))
+    if role == "weight":
+        return mx.uint32
+    return accumulated(dtype) if info.dtype in _STORED else mx.uint8
+
+
+def _roles(packed: PublishedAsPacked | None) -> tuple[tuple[str, str], ...]:
+    assert packed is not None
+    return packed.tensors
 
 
 def _named(packed: PublishedAsPacked | None, role: str) -> list[str]:
-    assert packed is not None
-    return [name for found, name in packed.tensors if found == role]
+    return [name for found, name in _roles(packed) if found == role]
 
 
 def _fill_role(
@@ -153,10 +167,12 @@ def _fill_role(
     for block, out in enumerate(rows) if piece.blocks else [(None, rows)]:
         part = None if block is None else slice(block, block + 1)
         data = checkpoint.read_bytes(name, part)
-        stored = numbers.decode(info.dtype, data, out.shape)
-        if form.order is not None:
-            stored = stored[form.order(len(stored), *piece.sizes)]
-        out[...] = numbers_of(stored) if stored.dtype == np.float32 else stored
+        stored: Array
+        if info.dtype in _STORED:
+            stored = numbers_of(numbers.decode(info.dtype, data, out.shape))
+        else:
+            stored = np.frombuffer(data, out.dtype).reshape(out.shape)
+        out[...] = stored if form.order is None else stored[form.order(len(stored), *piece.sizes)]
         report(len(data))
 
 

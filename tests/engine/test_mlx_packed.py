@@ -149,7 +149,7 @@ def test_a_packed_checkpoint_is_its_dequantised_twin(
 
 def test_what_is_packed_stays_so(pairs: Callable[[str], Pair]) -> None:
     model = on_mlx(pairs("mixed")[0])
-    layer = model._stages[1].branches
+    layer = model.forward.stages[1].branches
     attention, moe = (branching[1] for branching in layer)
     assert isinstance(attention, object) and isinstance(moe, object)
     found: Any = attention
@@ -162,7 +162,7 @@ def test_what_is_packed_stays_so(pairs: Callable[[str], Pair]) -> None:
     found = moe
     assert str(found.experts.gate_up) == "affine 4 bit and affine 6 bit"
     assert isinstance(found.experts.down, Packed) and found.router.gates[0].bits == 8
-    assert isinstance(model._embed, Packed)
+    assert isinstance(model.forward.embed, Packed)
 
 
 @pytest.mark.parametrize("name", ["olmoe", "mixed", "mxfp4"])
@@ -214,3 +214,33 @@ def test_scales_that_are_not_finite_are_noted(pairs: Callable[[str], Pair], tmp_
     )
     notes = load_model(LoadRequest(str(folder), device="mlx")).facts["notes"]
     assert [note for note in notes if "layer 1: mlp.experts.down holds 32 values" in note], notes
+
+
+def test_gpt_oss_stays_packed_as_it_is_published(tmp_path: Path) -> None:
+    """MXFP4 in blocks of bytes, rows of gate and up in turn: kept, and run as torch runs its
+    numbers."""
+    import mlx.core as mx
+
+    folder = tiny_checkpoint(
+        "gpt_oss", tmp_path, intermediate_size=64, hidden_size=64, dtype="bfloat16"
+    )
+    tensors = mx.load(str(folder / "model.safetensors"))
+    published: dict[str, mx.array] = {}
+    for name, array in tensors.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            published[name] = array
+            continue
+        codes, scales = mx.quantize(array.swapaxes(1, 2), mode="mxfp4")  # [E, rows, words]
+        shape = (*scales.shape, 16)
+        published[f"{name}_blocks"] = mx.contiguous(codes).view(mx.uint8).reshape(shape)
+        published[f"{name}_scales"] = scales
+    mx.save_safetensors(str(folder / "model.safetensors"), published, META)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = on_mlx(folder)
+    experts: Any = model.forward.stages[0].branches[1][1]
+    assert str(experts.experts.gate_up) == "mxfp4 4 bit" == str(experts.experts.down)
+    prompt = PROMPTS["longer-than-window"]
+    seen = difference(ours_greedy(on_torch(folder), prompt), ours_greedy(model, prompt))
+    assert agrees(seen), seen
