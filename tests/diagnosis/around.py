@@ -1,0 +1,284 @@
+"""Faults around a router, done to transformers' modules and weights in place."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from tests.families import READ
+from tests.families.kit import TOP_K
+
+Around = Callable[[Any, str], None]  # (model, family)
+BIASES = ("e_score_correction_bias", "expert_bias")
+SHARED = ("shared_experts", "shared_expert", "shared_mlp")
+
+
+def routers_of(model: Any, family: str) -> list[Any]:
+    pattern = READ.get(family, TOP_K).modules
+    return [m for m in model.modules() if re.search(pattern, type(m).__name__)]
+
+
+def blocks_of(model: Any, family: str) -> list[Any]:
+    """The modules that hold a router and experts, in the order of `routers_of`."""
+    routers = {id(router) for router in routers_of(model, family)}
+    return [m for m in model.modules() if any(id(child) in routers for child in m.children())]
+
+
+def _pairs(model: Any, family: str) -> Iterator[tuple[Any, Any]]:
+    yield from zip(routers_of(model, family), blocks_of(model, family), strict=True)
+
+
+def _gate(router: Any) -> Any:
+    """The gate's weight [E, H]."""
+    return max((p for p in router.parameters() if p.ndim == 2), key=lambda p: p.numel())
+
+
+def _of_rows(router: Any, block: Any) -> dict[str, Any]:
+    """Every tensor with a place for each row of the gate; the row's dimension comes first."""
+    classes = len(_gate(router))
+    held = dict([*router.named_parameters(), *router.named_buffers()])
+    held |= {n: t for n in BIASES if (t := getattr(block, n, None)) is not None}
+    found = {}
+    for name, tensor in held.items():
+        if tensor.ndim == 2 and tensor.shape[0] == 1 and tensor.shape[1] == classes:
+            found[name] = tensor.data[0]
+        elif tensor.ndim and len(tensor) == classes:
+            found[name] = tensor.data
+    return found
+
+
+def _move_rows(order: Callable[[Any], Any]) -> Around:
+    def change(model: Any, family: str) -> None:
+        for router, block in _pairs(model, family):
+            for rows in _of_rows(router, block).values():
+                rows.copy_(order(rows.clone()))
+
+    return change
+
+
+def _gate_of(offset: int) -> Around:
+    def change(model: Any, family: str) -> None:
+        held = [_of_rows(router, block) for router, block in _pairs(model, family)]
+        before = copy.deepcopy(held)
+        for number, mine in enumerate(held):
+            theirs = before[min(max(number + offset, 0), len(held) - 1)]
+            for name, rows in mine.items():
+                if theirs[name].shape == rows.shape:
+                    rows.copy_(theirs[name])
+
+    return change
+
+
+def _move_experts(order: Callable[[Any], Any]) -> Around:
+    def change(model: Any, family: str) -> None:
+        for block in blocks_of(model, family):
+            tensors = list(block.experts.parameters())
+            count = min(len(tensor) for tensor in tensors)  # null experts have no output
+            for tensor in tensors:
+                tensor.data[:count] = order(tensor.data[:count].clone())
+
+    return change
+
+
+def _halves(rows: Any) -> Any:
+    return rows.roll(-(len(rows) // 2), 0)
+
+
+def _swap_gate_up(model: Any, family: str) -> None:
+    for block in blocks_of(model, family):
+        for name, tensor in block.experts.named_parameters():
+            if "gate_up" not in name:
+                continue
+            if family == "gpt_oss":  # interleaved, in the last dimension
+                swapped = tensor.data.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+            else:
+                halves = tensor.data.chunk(2, 2 if family == "llama4_text" else 1)
+                swapped = torch.cat(halves[::-1], 2 if family == "llama4_text" else 1)
+            tensor.data.copy_(swapped)
+
+
+# --- the shared expert ----------------------------------------------------------------------------
+
+
+def _shared_of(model: Any, block: Any) -> Any:
+    layer = next((m for m in model.modules() if any(c is block for c in m.children())), block)
+    held = (getattr(owner, name, None) for owner in (block, layer) for name in SHARED)
+    return next(module for module in held if module is not None)
+
+
+def _last_linear(module: Any) -> Any:
+    names = ("down_proj", "output_linear")
+    return next(m for name in names if (m := getattr(module, name, None)) is not None)
+
+
+def _factor(router: Any, block: Any) -> float:
+    names = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
+    held = (getattr(owner, name, None) for owner in (router, block) for name in names)
+    return float(next(value for value in held if value is not None))
+
+
+def _scale_shared(power: int | None) -> Around:
+    """Multiply the shared expert by the factor to this power; None: by 0."""
+
+    def change(model: Any, family: str) -> None:
+        for router, block in _pairs(model, family):
+            by = 0.0 if power is None else _factor(router, block) ** power
+            last = _last_linear(_shared_of(model, block))
+            for tensor in last.parameters():
+                tensor.data.mul_(by)
+
+    return change
+
+
+def _open_shared_gate(model: Any, family: str) -> None:
+    for block in blocks_of(model, family):
+        block.shared_expert_gate.forward = lambda x: x.new_full((*x.shape[:-1], 1), torch.inf)
+
+
+# --- what the router reads ------------------------------------------------------------------------
+
+
+def _reads_residual(model: Any, family: str) -> None:
+    """What the norm before the experts was given, whichever norm that is."""
+    given: dict[int, Any] = {}
+
+    def remember(module: Any, inputs: Any, output: Any) -> None:
+        given[id(output)] = (output, inputs[0])
+
+    for module in model.modules():
+        if "Norm" in type(module).__name__ or "norm" in type(module).__name__:
+            module.register_forward_hook(remember)
+    for router, block in _pairs(model, family):
+        seen: list[Any] = []
+
+        def look(m: Any, inputs: Any, named: Any, seen: list[Any] = seen) -> None:
+            x = inputs[0] if inputs else named["hidden_states"]
+            seen[:] = [given[id(x)][1]]
+            given.clear()
+
+        block.register_forward_pre_hook(look, with_kwargs=True)
+        _read_instead(router, seen)
+
+
+def _reads_embedding(model: Any, family: str) -> None:
+    seen: list[Any] = []
+    embed = model.get_input_embeddings()
+    embed.register_forward_hook(lambda m, i, out: seen.__setitem__(slice(None), [out]))
+    for router in routers_of(model, family):
+        _read_instead(router, seen)
+
+
+def _read_instead(router: Any, seen: list[Any]) -> None:
+    inner = router.forward
+
+    def forward(x: Any, *rest: Any) -> Any:
+        return inner(seen[0].reshape(x.shape).to(x.dtype), *rest)
+
+    router.forward = forward
+
+
+# --- the gate's numbers ---------------------------------------------------------------------------
+
+
+def _quantise_gate(bits: int) -> Around:
+    def change(model: Any, family: str) -> None:
+        for router in routers_of(model, family):
+            gate = _gate(router)
+            wide = gate.data.double()
+            step = wide.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+            gate.data.copy_((wide / step).round() * step)
+
+    return change
+
+
+def _no_gate_bias(model: Any, family: str) -> None:
+    for router in routers_of(model, family):
+        router.bias.data.zero_()
+
+
+def _bias_bytes(model: Any, family: str) -> None:
+    for router, block in _pairs(model, family):
+        rows = _of_rows(router, block)
+        for name in rows:
+            if name.endswith(BIASES):
+                bias = rows[name]
+                read = bias.float().contiguous().view(torch.bfloat16)[: bias.numel()]
+                bias.copy_(read.float())
+
+
+# --- how experts are called -----------------------------------------------------------------------
+
+
+def _unweighted_bias(model: Any, family: str) -> None:
+    for block in blocks_of(model, family):
+        experts, inner = block.experts, block.experts.forward
+
+        def forward(x: Any, ids: Any, weights: Any, e: Any = experts, inner: Any = inner) -> Any:
+            out = inner(x, ids, weights)
+            missing = (1.0 - weights.float())[..., None] * e.down_proj_bias[ids].float()
+            return out + missing.sum(-2).view_as(out).to(out.dtype)
+
+        experts.forward = forward
+
+
+def _null_experts_twice(model: Any, family: str) -> None:
+    for block in blocks_of(model, family):
+        experts, inner = block.experts, block.experts.forward
+        real = experts.num_routed_experts
+
+        def forward(x: Any, ids: Any, weights: Any, inner: Any = inner, real: int = real) -> Any:
+            share = torch.where(ids >= real, weights, 0.0).sum(-1, keepdim=True)
+            first = torch.zeros_like(ids[:, :1])
+            return inner(x, ids, weights) + inner(x, first, share.to(weights.dtype))
+
+        experts.forward = forward
+
+
+def _weight_on_output(both: bool) -> Around:
+    """Llama 4: the block multiplies the input of all experts by their scores."""
+
+    def change(model: Any, family: str) -> None:
+        for router, block in _pairs(model, family):
+            inner, run, held = router.forward, block.experts.forward, []
+
+            def forward(x: Any, inner: Any = inner, held: list[Any] = held) -> Any:
+                scores, logits = inner(x)
+                held[:] = [scores]
+                return (scores if both else (scores != 0).to(scores.dtype)), logits
+
+            def experts(x: Any, run: Any = run, held: list[Any] = held) -> Any:
+                return run(x) * held[0].transpose(0, 1).reshape(-1, 1)
+
+            router.forward, block.experts.forward = forward, experts
+
+    return change
+
+
+AROUND: dict[str, Around] = {
+    "gate_rows_shifted": _move_rows(lambda rows: rows.roll(1, 0)),
+    "gate_rows_reversed": _move_rows(lambda rows: rows.flip(0)),
+    "gate_of_next_layer": _gate_of(+1),
+    "gate_of_previous_layer": _gate_of(-1),
+    "experts_shifted": _move_experts(lambda rows: rows.roll(-1, 0)),
+    "experts_reversed": _move_experts(lambda rows: rows.flip(0)),
+    "experts_halves_swapped": _move_experts(_halves),
+    "gate_up_swapped": _swap_gate_up,
+    "shared_dropped": _scale_shared(None),
+    "shared_gate_missing": _open_shared_gate,
+    "shared_scaled": _scale_shared(-1),
+    "shared_scaled_up": _scale_shared(+1),
+    "router_reads_residual": _reads_residual,
+    "router_reads_embedding": _reads_embedding,
+    "router_quantised": _quantise_gate(8),
+    "router_quantised_4_bits": _quantise_gate(4),
+    "router_linear_bias_missing": _no_gate_bias,
+    "bias_fp32_where_bf16_expected": _bias_bytes,
+    "expert_bias_unweighted": _unweighted_bias,
+    "zero_expert_double": _null_experts_twice,
+    "gate_on_output": _weight_on_output(both=False),
+    "gate_on_both": _weight_on_output(both=True),
+}
