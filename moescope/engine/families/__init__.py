@@ -18,7 +18,8 @@ from moescope.engine import quantised
 from moescope.engine.config import Fields, bad
 from moescope.engine.decoder import DecoderSpec, Layer, MoE, RoutedAttention
 from moescope.engine.families.family import Family
-from moescope.engine.families.places import Plan, place
+from moescope.engine.families.places import place
+from moescope.engine.families.plan import Plan
 from moescope.engine.header import TensorInfo
 from moescope.engine.towers import Text, parts_of, text_of
 from moescope.errors import MoescopeError
@@ -96,11 +97,9 @@ def build(config: Mapping[str, Any], model_dtype: str | None = None) -> DecoderS
 
 def notes(config: Mapping[str, Any]) -> tuple[str, ...]:
     """What a user should know of a config: what is left out, how others read it."""
-    return (
-        *_text_of(config).notes(),
-        *quantised.notes(config),
-        *family_of(config).notes,
-    )
+    text = _text_of(config)
+    of_family = SUPPORTED[text.model_type].notes_on(text.fields)
+    return (*text.notes(), *quantised.notes(config), *of_family)
 
 
 def _text_of(config: Mapping[str, Any]) -> Text:
