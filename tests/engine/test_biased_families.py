@@ -3,15 +3,20 @@ same thing is called by others."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moescope.engine import families
 from moescope.engine.decoder import MLA, Attention, DecoderSpec, MoE
+from moescope.engine.load import load_model
+from moescope.engine.protocol import LoadRequest
+from moescope.engine.torch_decoder import TorchDecoder
+from moescope.engine.torch_operators import TorchMoE
 from moescope.errors import MoescopeError
 from tests.families import PUBLISHED
-from tests.tiny import tiny_fields
+from tests.tiny import tiny_checkpoint, tiny_fields
 
 
 def config_of(model_type: str) -> dict[str, Any]:
@@ -61,7 +66,7 @@ def moe(spec: DecoderSpec) -> MoE:
         ("longcat_flash", {"norm_topk_prob": True}, "norm_topk_prob: expected false, found true"),
         ("longcat_flash", {"router_bias": True}, "router_bias: expected false, found true"),
         ("longcat_flash", {"mla_scale_q_lora": False}, "mla_scale_q_lora: expected true"),
-        ("hy_v3", {"rope_theta": 1e7, "route_norm": False}, "route_norm: expected true, found false"),
+        ("hy_v3", {"rope_theta": 1e7, "route_norm": False}, "route_norm: expected true, found f"),
         ("afmoe", {"score_func": "softmax"}, "score_func: expected one of sigmoid"),
         ("afmoe", {"n_group": 4}, "n_group: expected 1, found 4"),
         ("laguna", {"gating": False}, "gating: expected true, per-head or per-element"),
@@ -129,3 +134,35 @@ def test_beams_residual_keeps_its_variance() -> None:
     """Each sum's two factors, squared, add up to one."""
     for _, branch in built("beam").operators():
         assert branch.keeps**2 + branch.multiplier**2 == pytest.approx(1.0)
+
+
+def test_notes_are_of_the_configs_they_are_about() -> None:
+    def noted(model_type: str, word: str, **edits: Any) -> bool:
+        notes = families.notes({**config_of(model_type), **edits})
+        return any(word in note for note in notes)
+
+    assert noted("deepseek_v3", "masked experts") and not noted("kimi_k2", "masked experts")
+    assert not noted("deepseek_v3", "masked experts", topk_group=8)
+    assert noted("deepseek_v2", "norm_topk_prob is ignored", norm_topk_prob=True)
+    assert not noted("deepseek_v2", "norm_topk_prob is ignored")
+    assert noted("bailing_moe", "compared with mlx-lm")
+
+
+def test_a_checkpoint_without_a_correction_bias_has_none(tmp_path: Path) -> None:
+    """A.X-K1 as released: no bias, and a norm after dense blocks that nothing reads."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_checkpoint("axk1", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if "correction_bias" not in name}
+    assert len(kept) < len(tensors)
+    norm = "model.layers.1.post_mlp_layernorm.weight"
+    kept[norm.replace(".1.", ".0.")] = kept[norm]
+    save_file(kept, folder / "model.safetensors")
+    model = load_model(LoadRequest(str(folder), device="cpu"))
+    assert isinstance(model.interpreter, TorchDecoder)
+    routers = [run.router for _, run in model.interpreter._operators if isinstance(run, TorchMoE)]
+    assert all(bool((router.correction_bias == 0).all()) for router in routers)
+    notes = model.facts["notes"]
+    assert sum("correction_bias" in note for note in notes) == 1
+    assert not any("post_mlp_layernorm" in note for note in notes)

@@ -263,3 +263,11 @@ COUNTS = {
     "deepseek_v32": (671.9, 37.5),
     "kimi_k2": (1026.0, 31.7),
 }
+REFUSED_EDITS = (
+    ("deepseek_v2-greedy", "q_lora_rank", 24, "self_attn.q_a_proj"),
+    ("deepseek_v3-groups", "first_k_dense_replace", 2, "mlp.gate_proj"),
+    ("deepseek_v3-groups", "kv_lora_rank", 8, "kv_lora_rank"),
+    ("deepseek_v3-groups", "n_routed_experts", 16, "n_routed_experts 16"),
+    ("deepseek_v3-groups", "n_shared_experts", 1, "shared_expert_intermediate_size"),
+    ("deepseek_v32-sparse", "index_n_heads", 8, "index_n_heads"),
+)

@@ -45,3 +45,7 @@ CASES = (
     ),
 )
 EXEMPT = {("laguna-per-element", "RouterPolicy.scale_site"): "the factor is 1"}
+REFUSED_EDITS = (
+    ("laguna-released", "num_attention_heads_per_layer", [4, 4, 4, 4], "num_attention_heads"),
+    ("laguna-released", "gating", "per-element", "gate rows"),
+)

@@ -19,7 +19,7 @@ from moescope.engine.config import Fields, bad
 from moescope.engine.decoder import DecoderSpec, Layer, MoE, RoutedAttention
 from moescope.engine.families.family import Family
 from moescope.engine.families.places import place
-from moescope.engine.families.plan import Plan
+from moescope.engine.families.plans import Plan
 from moescope.engine.header import TensorInfo
 from moescope.engine.towers import Text, parts_of, text_of
 from moescope.errors import MoescopeError

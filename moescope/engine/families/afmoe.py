@@ -1,7 +1,8 @@
 """AFMoE (Trinity): gated attention with positions in windows only, norms on both sides of every
 block, sigmoid routing with a bias.
 
-Source: transformers `modeling_afmoe.py`.
+Source: transformers `modeling_afmoe.py`, which ignores score_func, route_norm and n_group where
+mlx-lm does not; other values than the released ones are refused.
 """
 
 from __future__ import annotations
@@ -75,12 +76,6 @@ _NAMES: Names = {
     "layers.{n}.mlp.pre_norm": "..pre_mlp_layernorm",
     "layers.{n}.mlp.post_norm": "..post_mlp_layernorm",
 }
-_IGNORED = (
-    "transformers ignores score_func, route_norm and n_group, mlx-lm does not; other values than "
-    "those of the released checkpoints are refused"
-)
 FAMILIES = {
-    "afmoe": Family(
-        "AFMoE", afmoe, _NAMES, "sigmoid, biased choice, renormalised and scaled", notes=(_IGNORED,)
-    ),
+    "afmoe": Family("AFMoE", afmoe, _NAMES, "sigmoid, biased choice, renormalised and scaled"),
 }

@@ -83,7 +83,8 @@ _K2: Names = {
     "layers.{n}.attention.q_b_proj": (".q_b_proj", ".q_gate_proj"),
 }
 _ROUTED = "sigmoid, biased choice within groups, renormalised and scaled"
+_KEYS = {"num_experts": "n_routed_experts"}
 FAMILIES = {
-    "axk1": Family("A.X-K1", axk1, _K1, _ROUTED),
-    "axk2": Family("A.X-K2", axk2, _K2, _ROUTED, notes=(INDEX_NOTE,)),
+    "axk1": Family("A.X-K1", axk1, _K1, _ROUTED, _KEYS),
+    "axk2": Family("A.X-K2", axk2, _K2, _ROUTED, _KEYS, notes=(INDEX_NOTE,)),
 }

@@ -12,7 +12,7 @@ from moescope.engine.config import Fields
 from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import biased, common, latent
 from moescope.engine.families.biased import Usual
-from moescope.engine.families.family import Family
+from moescope.engine.families.family import Family, NoteIf
 from moescope.engine.families.latent import Ranks
 from moescope.engine.families.names import PRE_NORM_NAMES
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
@@ -97,13 +97,25 @@ def deepseek_v32(config: Fields) -> DecoderSpec:
 
 
 _V3 = Usual(scale=2.5, groups=(8, 4), chosen=8)
-MASK_NOTE = (
+
+
+def _grouped(config: Fields) -> bool:
+    return config.raw("n_group") not in (1, config.raw("topk_group"))
+
+
+def _renormalised(config: Fields) -> bool:
+    return config.raw("norm_topk_prob") is True
+
+
+MASK_NOTE = NoteIf(
     "where groups limit the choice, mlx-lm (0.32) gives masked experts the score 0.0, so that they "
-    "beat admissible ones with a negative biased score; transformers, and moescope, -inf"
+    "beat admissible ones with a negative biased score; transformers, and moescope, -inf",
+    _grouped,
 )
-_IGNORED = (
+_IGNORED = NoteIf(
     "norm_topk_prob is ignored, as by transformers and mlx-lm; the code first published with "
-    "DeepSeek-V2 renormalises instead of scaling where it is true"
+    "DeepSeek-V2 renormalises instead of scaling where it is true",
+    _renormalised,
 )
 INDEX_NOTE = (
     "the indexer scores in the model's dtype, as transformers does; DeepSeek's own kernels score "
@@ -112,19 +124,32 @@ INDEX_NOTE = (
 _V3_ROUTED = "sigmoid, biased choice within groups, renormalised and scaled"
 _FIRST = (
     "compared with mlx-lm, transformers having no class for it",
-    "mlx-lm ignores norm_topk_prob and never renormalises; moescope does where it is true, as the "
-    "code published with the model",
+    NoteIf(
+        "mlx-lm ignores norm_topk_prob and never renormalises; moescope does where it is true, as "
+        "the code published with the model",
+        _renormalised,
+    ),
 )
+_KEYS = {"num_experts": "n_routed_experts"}
 FAMILIES = {
-    "deepseek": Family("DeepSeek-MoE", deepseek, PRE_NORM_NAMES, "not renormalised", notes=_FIRST),
+    "deepseek": Family(
+        "DeepSeek-MoE", deepseek, PRE_NORM_NAMES, "not renormalised", _KEYS, notes=_FIRST
+    ),
     "deepseek_v2": Family(
-        "DeepSeek-V2", deepseek_v2, PRE_NORM_NAMES, "not renormalised", notes=(_IGNORED,)
+        "DeepSeek-V2", deepseek_v2, PRE_NORM_NAMES, "not renormalised", _KEYS, notes=(_IGNORED,)
     ),
     "deepseek_v3": Family(
-        "DeepSeek-V3", deepseek_v3, PRE_NORM_NAMES, _V3_ROUTED, notes=(MASK_NOTE,)
+        "DeepSeek-V3", deepseek_v3, PRE_NORM_NAMES, _V3_ROUTED, _KEYS, notes=(MASK_NOTE,)
     ),
-    "kimi_k2": Family("Kimi-K2", deepseek_v3, PRE_NORM_NAMES, _V3_ROUTED, notes=(MASK_NOTE,)),
+    "kimi_k2": Family(
+        "Kimi-K2", deepseek_v3, PRE_NORM_NAMES, _V3_ROUTED, _KEYS, notes=(MASK_NOTE,)
+    ),
     "deepseek_v32": Family(
-        "DeepSeek-V3.2", deepseek_v32, PRE_NORM_NAMES, _V3_ROUTED, notes=(MASK_NOTE, INDEX_NOTE)
+        "DeepSeek-V3.2",
+        deepseek_v32,
+        PRE_NORM_NAMES,
+        _V3_ROUTED,
+        _KEYS,
+        notes=(MASK_NOTE, INDEX_NOTE),
     ),
 }

@@ -76,7 +76,8 @@ def _pattern(config: Fields, layers: int) -> list[str]:
 
 
 _ROUTED = "sigmoid, biased choice, renormalised and scaled"
+_KEYS = {"num_experts": "n_routed_experts"}
 FAMILIES = {
-    "dots1": Family("dots.llm1", dots1, PRE_NORM_NAMES, _ROUTED, notes=(MASK_NOTE,)),
+    "dots1": Family("dots.llm1", dots1, PRE_NORM_NAMES, _ROUTED, _KEYS, notes=(MASK_NOTE,)),
     "exaone_moe": Family("K-EXAONE", exaone_moe, PRE_NORM_NAMES, _ROUTED, notes=(MASK_NOTE,)),
 }

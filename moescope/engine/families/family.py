@@ -10,6 +10,17 @@ from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families.names import Names
 
 
+class NoteIf(str):
+    """A note on some configs only: those that `applies` to."""
+
+    applies: Callable[[Fields], bool]
+
+    def __new__(cls, says: str, applies: Callable[[Fields], bool]) -> NoteIf:
+        note = super().__new__(cls, says)
+        note.applies = applies
+        return note
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One supported model type. `keys` renames the words of `parameters.Slot.says` to this
@@ -23,3 +34,9 @@ class Family:
     released: str
     keys: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def notes_on(self, config: Fields) -> tuple[str, ...]:
+        """Those of its notes that are about a config."""
+        return tuple(
+            note for note in self.notes if not isinstance(note, NoteIf) or note.applies(config)
+        )

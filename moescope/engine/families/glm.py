@@ -94,13 +94,14 @@ def _indexed(config: Fields, layers: int) -> list[bool]:
 
 
 _ROUTED = "sigmoid, biased choice, renormalised and scaled"
+_KEYS = {"num_experts": "n_routed_experts"}
 FAMILIES = {
-    "glm4_moe": Family("GLM-4.5", glm4_moe, PRE_NORM_NAMES, _ROUTED, notes=(MASK_NOTE,)),
+    "glm4_moe": Family("GLM-4.5", glm4_moe, PRE_NORM_NAMES, _ROUTED, _KEYS, notes=(MASK_NOTE,)),
     "glm4_moe_lite": Family(
-        "GLM-4.7-Flash", glm4_moe_lite, PRE_NORM_NAMES, _ROUTED, notes=(MASK_NOTE,)
+        "GLM-4.7-Flash", glm4_moe_lite, PRE_NORM_NAMES, _ROUTED, _KEYS, notes=(MASK_NOTE,)
     ),
     "glm_moe_dsa": Family(
-        "GLM-5", glm_moe_dsa, PRE_NORM_NAMES, _ROUTED, notes=(MASK_NOTE, INDEX_NOTE)
+        "GLM-5", glm_moe_dsa, PRE_NORM_NAMES, _ROUTED, _KEYS, notes=(MASK_NOTE, INDEX_NOTE)
     ),
-    "solar_open": Family("Solar Open", solar_open, PRE_NORM_NAMES, _ROUTED),
+    "solar_open": Family("Solar Open", solar_open, PRE_NORM_NAMES, _ROUTED, _KEYS),
 }

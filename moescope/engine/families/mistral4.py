@@ -75,8 +75,9 @@ _SCORES = (
     "scores are in the model's dtype, as in transformers; mlx-lm scores in float32, so in bfloat16 "
     "near ties may fall otherwise"
 )
+_KEYS = {"num_experts": "n_routed_experts"}
 FAMILIES = {
     "mistral4": Family(
-        "Mistral 4", mistral4, PRE_NORM_NAMES, "renormalised softmax", notes=(_SCORES,)
+        "Mistral 4", mistral4, PRE_NORM_NAMES, "renormalised softmax", _KEYS, notes=(_SCORES,)
     ),
 }
