@@ -11,7 +11,7 @@ from typing import Any
 from moescope.engine import families, limits, mlx_limits, parameters, quantised
 from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.decoder import DecoderSpec, state_bytes
-from moescope.engine.families.plan import Plan
+from moescope.engine.families.plans import Plan
 from moescope.engine.layer_words import layer_kinds, spans
 from moescope.engine.limits import Limits
 from moescope.engine.stored import Stored, stored

@@ -17,7 +17,7 @@ from moescope.engine import devices, families, parameters
 from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.decoder import DecoderSpec, state_bytes
 from moescope.engine.families.family import Family
-from moescope.engine.families.plan import Piece, Plan
+from moescope.engine.families.plans import Piece, Plan
 from moescope.engine.header import TensorInfo
 from moescope.engine.protocol import Loading, LoadRequest
 from moescope.engine.stored import router_words

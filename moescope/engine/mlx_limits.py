@@ -30,7 +30,7 @@ from moescope.engine.decoder import (
     StateSpace,
 )
 from moescope.engine.families import forms
-from moescope.engine.families.plan import Piece, Placement
+from moescope.engine.families.plans import Piece, Placement
 from moescope.engine.limits import Limits
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring

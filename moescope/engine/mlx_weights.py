@@ -27,7 +27,7 @@ from moescope.engine.quantised.packed import Packed as PublishedAsPacked
 
 if TYPE_CHECKING:
     from moescope.engine.checkpoint import Checkpoint
-    from moescope.engine.families.plan import Piece, Placement, Plan
+    from moescope.engine.families.plans import Piece, Placement, Plan
     from moescope.engine.header import TensorInfo
     from moescope.engine.load import Inspected, Progress
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from moescope.engine import mlx_limits, parameters, quantised
 from moescope.engine.decoder import DecoderSpec
-from moescope.engine.families.plan import Piece, Plan
+from moescope.engine.families.plans import Piece, Plan
 from moescope.engine.header import TensorInfo
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -20,7 +20,7 @@ from moescope.engine.quantised import reading
 
 if TYPE_CHECKING:
     from moescope.engine.checkpoint import Checkpoint
-    from moescope.engine.families.plan import Piece, Placement
+    from moescope.engine.families.plans import Piece, Placement
     from moescope.engine.load import Inspected, Progress
 
 PIECE = 4 << 20  # elements looked at together

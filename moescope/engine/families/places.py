@@ -16,7 +16,7 @@ from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families.forms import FORMS, In
 from moescope.engine.families.layouts import LAYOUTS, ExpertLayout, written_by_mlx
 from moescope.engine.families.names import Alternative, Dictionary, Names, Source
-from moescope.engine.families.plan import Piece, Placement, Plan
+from moescope.engine.families.plans import Piece, Placement, Plan
 from moescope.engine.parameters import Shape, Slot, slots
 from moescope.engine.quantised.packed import Held
 from moescope.safety import single_line
