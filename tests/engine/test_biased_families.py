@@ -157,7 +157,7 @@ def test_a_checkpoint_without_a_correction_bias_has_none(tmp_path: Path) -> None
     kept = {name: t for name, t in tensors.items() if "correction_bias" not in name}
     assert len(kept) < len(tensors)
     norm = "model.layers.1.post_mlp_layernorm.weight"
-    kept[norm.replace(".1.", ".0.")] = kept[norm]
+    kept[norm.replace(".1.", ".0.")] = kept[norm].clone()
     save_file(kept, folder / "model.safetensors")
     model = load_model(LoadRequest(str(folder), device="cpu"))
     assert isinstance(model.interpreter, TorchDecoder)
