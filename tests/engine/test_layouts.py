@@ -110,3 +110,28 @@ def test_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
     same(found, expected)
     assert inspected.plan.layouts == ("gpt-oss, rows of gate and up alternate",)
     assert inspected.plan.unused == ()
+
+
+def test_the_text_tower_of_a_vision_checkpoint(tmp_path: Path) -> None:
+    """Its own type in `text_config`, its names below the whole's; as mlx-lm has it, too."""
+    hub = tiny_checkpoint("qwen3_5_moe_text", tmp_path)
+    expected, _ = read(hub)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    text = json.loads((hub / "config.json").read_text())
+    text |= {"full_attention_interval": 4, "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    text |= {"rope_parameters": None, "num_experts": text.get("num_local_experts", 8)}
+    config = {"model_type": "qwen3_5_moe", "text_config": text, "vision_config": {"depth": 1}}
+    (whole / "config.json").write_text(json.dumps(config))
+    tensors = LAYOUTS["fused"](load_file(hub / "model.safetensors"))  # as it is published
+    tensors = LAYOUTS["model.language_model, with other towers"](tensors)
+    save_file(tensors, whole / "model.safetensors")
+    found, inspected = read(whole)
+    same(found, expected)
+    assert len(inspected.plan.unused) == 5 and inspected.plan.unexpected == ()
+    assert inspected.notes()[0].startswith("qwen3_5_moe: only its text model (qwen3_5_moe_text)")
+    on_mlx, inspected = read(as_mlx(whole, tmp_path / "mlx"))
+    names = set(inspected.checkpoint.tensors)
+    assert "language_model.model.layers.0.mlp.switch_mlp.up_proj.weight" in names
+    for target, tensor in expected.items():
+        torch.testing.assert_close(on_mlx[target], tensor, atol=1.2e-7, rtol=0)
