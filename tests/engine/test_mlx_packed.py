@@ -15,7 +15,7 @@ from moescope.engine.load import inspect, load_model
 from moescope.engine.mlx_decoder import MLXDecoder
 from moescope.engine.mlx_operators import Above, Packed
 from moescope.engine.protocol import LoadRequest
-from tests.engine.mlx_tiny import compiling_in, on_mlx, on_torch
+from tests.engine.mlx_tiny import on_mlx, on_torch
 from tests.oracle.harness import agrees, difference, ours_greedy
 from tests.oracle.matrix import PROMPTS
 from tests.tiny import tiny_checkpoint
@@ -39,12 +39,6 @@ def mixed(path: str, module: Any) -> bool | dict[str, Any]:
 
 def only_experts(path: str, module: Any) -> bool | dict[str, Any]:
     return "switch_mlp" in path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with compiling_in(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 def quantised(source: Path, target: Path, how: dict[str, Any], choose: Choose | None) -> Path:
