@@ -30,7 +30,9 @@ from moescope.engine.mlx_policies import InForce, in_force
 from moescope.engine.rewind import Past
 from moescope.engine.steps import K_LIMIT, Policies
 from moescope.errors import ExitCode, MoescopeError
+from moescope.kernels import mlx_ops
 from moescope.kernels.spec import RouterPolicy, RouterSpec
+from moescope.kernels.twins import Difference
 from moescope.trace.frames import RecordLevel
 
 SEEN = 128  # rows of the caches a step looks at: this, or a power of two times it
@@ -78,7 +80,10 @@ class MLXDecoder:
         self._in_force: dict[tuple[int, ...], InForce] = {}
         self._steps: dict[ops.Static, Step] = {}
         self.traced = 0  # how often a step's operations were written down anew
-        self.kernels = _kernels(weights, self.compiled)
+        metal = any(mlx_ops.uses_metal(r.spec.E, min(r.spec.E, K_LIMIT)) for r in self.routers)
+        self.kernels = _kernels(weights, self.compiled, metal)
+        self.twin = "mlx operators" if metal else ""
+        self._slow_router, self._apart = False, Difference()
 
     def _here(self) -> None:
         assert threading.get_ident() == self._thread, "MLX arrays stay on the thread that made them"
@@ -212,6 +217,15 @@ class MLXDecoder:
         """Bytes of state `open` would allocate."""
         return sum(held.nbytes for run in self._operators for held in run.state(lanes, capacity))
 
+    def use_slow_router(self, on: bool) -> None:
+        """From the next call on, plain operators route, and the Metal kernel beside them."""
+        assert self.twin
+        self._slow_router, self._apart = on, Difference()
+
+    def router_difference(self) -> Difference:
+        """Between the two since the slow one was switched on."""
+        return self._apart
+
     # --- running ----------------------------------------------------------------------------
 
     def run(
@@ -266,9 +280,35 @@ class MLXDecoder:
     def _run(
         self, lanes: tuple[int, ...], ids: NDArray[np.int64], all_logits: bool, record: RecordLevel
     ) -> StepOutput:
+        policies = self._policies_of(lanes)
+        static, inputs = self._prepared(lanes, ids, policies, all_logits, record == "logits")
+        step = self._step(static)
+        # The caches are handed over, so that they are written to where they lie.
+        states, self._states = self._states, []
+        try:
+            whole, states = step(*inputs, states)
+        finally:
+            self._states = states
+            del states
+        mx.eval(whole, self._states)
+        if static.slow_router:
+            *whole, integers, floats = whole
+            self._apart += records.apart(whole[1:3], (integers, floats))
+        logits = whole[0].reshape(len(lanes), -1, self.vocab_size)
+        return records.output(logits, whole[1:], static, record, policies.shadow_K)
+
+    def _prepared(
+        self,
+        lanes: tuple[int, ...],
+        ids: NDArray[np.int64],
+        policies: InForce,
+        all_logits: bool,
+        keep_logits: bool,
+    ) -> tuple[ops.Static, tuple[mx.array, mx.array, mx.array]]:
+        """What a call is compiled for, and the token ids [R], positions [R] and policies [L, R, P,
+        WIDTH] that it reads."""
         tokens = ids.shape[1]
         starts = np.array([self._lengths[lane] for lane in lanes])
-        policies = self._policies_of(lanes)
         static = ops.Static(
             lanes=lanes,
             tokens=tokens,
@@ -279,26 +319,16 @@ class MLXDecoder:
             gate_bits=policies.gate_bits,
             fields=policies.fields,
             shadows=len(self._policies.shadows),
-            keep_logits=record == "logits",
+            keep_logits=keep_logits,
             all_logits=all_logits,
+            slow_router=self._slow_router,
         )
         positions = (starts[:, None] + np.arange(tokens)).reshape(-1)
         rows = policies.rows
         if tokens > 1:
             rows = mx.broadcast_to(rows, (rows.shape[0], tokens, *rows.shape[2:]))
-        step = self._step(static)
-        # The caches are handed over, so that they are written to where they lie.
-        states, self._states = self._states, []
-        whole, states = step(
-            mx.array(ids.reshape(-1).astype(np.int32)),
-            mx.array(positions.astype(np.int32)),
-            rows,
-            states,
-        )
-        self._states = states
-        mx.eval(whole, states)
-        logits = whole[0].reshape(len(lanes), -1, self.vocab_size)
-        return records.output(logits, whole[1:], static, record, policies.shadow_K)
+        fed, at = (mx.array(a.reshape(-1).astype(np.int32)) for a in (ids, positions))
+        return static, (fed, at, rows)
 
     def _step(self, static: ops.Static) -> Step:
         """What runs a call of this shape; compiled where single tokens are."""
@@ -348,10 +378,10 @@ def compiles() -> bool:
     return True
 
 
-def _kernels(weights: ops.Weights, compiled: bool) -> dict[str, str]:
-    metal = mx.metal.is_available()
+def _kernels(weights: ops.Weights, compiled: bool, metal: bool) -> dict[str, str]:
+    """`metal`: whether the Metal kernel routes."""
     packed = {str(w) for w in weights.values() if isinstance(w, ops.Packed | ops.Above)}
-    where = "Metal" if metal else "CPU"
+    where = "Metal" if mx.metal.is_available() else "CPU"
     return {
         "attention": "mlx sdpa",
         "router": "metal" if metal else "mlx operators",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -472,6 +472,22 @@ def test_invalid_router_is_named(folder: Path, position: int) -> None:
 
 
 # --- the compiled step --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [cases[0] for cases in BY_FAMILY.values()], ids=lambda c: c.id)
+def test_every_familys_step_can_be_written_down(case: Any, folder: Path) -> None:
+    """What compiling begins with: the step of two lanes on arrays that hold nothing yet, which
+    fails where a value were asked for. Nothing is compiled here, for nothing is evaluated."""
+    import mlx.core as mx
+
+    model = on_mlx(checkpoint_of(case, folder), lanes=2)
+    policies = model._policies_of((0, 1))
+    static, inputs = model._prepared((0, 1), IDS[:2, :1], policies, False, True)
+    whole, states = mx.compile(partial(model.forward, static))(*inputs, model._states)
+    L = len(model.routers)
+    assert whole[0].shape == (2, VOCAB) and [a.shape[:2] for a in whole[1:]] == [(L, 2)] * 3
+    for arrays, held in zip(states, model._states, strict=True):
+        assert [a.shape for a in arrays] == [a.shape for a in held]
 
 
 @pytest.mark.slow
