@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from numpy.typing import NDArray
 
 from moescope.kernels import route
 from moescope.kernels.spec import RouterSpec
+from moescope.steering import split
 from moescope.trace.frames import Frame
+from moescope.variants import parse
 
 CAUSES = ("gate", "input", "either", "together")
 TITLES = {
@@ -68,7 +71,11 @@ class LogitsJudge:
 
     def __call__(self, a: Frame, b: Frame, routers: Sequence[int]) -> list[str]:
         """One cause for each of `routers`."""
-        if a.logits is None or b.logits is None:
+        if (
+            a.logits is None
+            or b.logits is None
+            or not (on_logits(a.variant) and on_logits(b.variant))
+        ):
             return [UNKNOWN] * len(routers)
         of_a, of_b = self.specs_of(a.variant), self.specs_of(b.variant)
         told = [router for router in routers if _tells(of_a[router], of_b[router])]
@@ -92,6 +99,14 @@ class LogitsJudge:
             ids = selected(logits[members], spec, [self.tensors[router] for router in members])
             found.update(zip(members, ids, strict=True))
         return [found[router] for router in routers]
+
+
+@lru_cache(maxsize=64)
+def on_logits(expression: str) -> bool:
+    """Whether logits and policies are all that decides under a lane expression: no experts are
+    steered, nothing is rewired, the gate is the trained one."""
+    variant, items = split(expression)
+    return not items and parse(variant).on_logits
 
 
 def _tells(a: RouterSpec, b: RouterSpec) -> bool:
@@ -121,13 +136,17 @@ def selected(
 
 @dataclass(slots=True, eq=False)
 class Watched:
-    """An intervention that changes nothing and keeps what every router read in the last call."""
+    """An intervention that changes nothing and keeps what every router read in the last call.
+    `before` is the one it stands in front of."""
 
+    before: Any = None
     routers: dict[int, Any] = field(default_factory=dict)  # running routers by index
     inputs: dict[tuple[int, int], tuple[int, Any]] = field(default_factory=dict)
     call: Any = None
 
     def __call__(self, router: Any, x: Any, routing: Any, call: Any) -> Any:
+        if self.before is not None:
+            routing = self.before(router, x, routing, call)
         self.routers[router.index], self.call = router, call
         for lane, start, rows in call.spans():
             self.inputs[lane, router.index] = start, x[rows]

@@ -90,7 +90,7 @@ def run_compare(
     finally:
         session.close()
         if watched is not None:
-            interpreter.set_intervention(None)
+            interpreter.set_intervention(watched.before)
     failure = session.recorder.failure
     return CompareRun(
         tuple(lane_result(lane) for lane in session.lanes.values()),
@@ -135,7 +135,7 @@ def _watched(model: Any, variants: Sequence[str]) -> Watched | None:
     observe = getattr(model.interpreter, "set_intervention", None)
     if len(bits) < 2 or observe is None:
         return None
-    watched = Watched()
+    watched = Watched(before=model.interpreter.intervene)
     observe(watched)
     return watched
 

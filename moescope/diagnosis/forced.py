@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.engine.interpreter import StepOutput
-from moescope.engine.lane import policies_of
+from moescope.engine.lane import policies_of, refuse_rewiring, steering_of
 from moescope.engine.prompts import check_ids
 from moescope.engine.sampling import Expectation, expectations
+from moescope.steering import split
 from moescope.trace.frames import RecordLevel
 
 CHUNK = 128  # tokens of a prompt fed at once
@@ -46,6 +47,18 @@ class Forced:
     invalid_router: int | None  # the first that met logits that are not finite
 
 
+def put_under(interpreter: Any, lane: int, expression: str) -> None:
+    """Make a lane run under a lane expression. Raises `MoescopeError` for one that rewires."""
+    variant, steered = split(expression)
+    refuse_rewiring(variant)
+    policies = policies_of(variant, interpreter.routers, interpreter.dtype)
+    interpreter.set_policies(lane, policies)
+    if steered or getattr(interpreter, "intervene", None) is not None:
+        from moescope.engine.torch_steering import steer
+
+        steer(interpreter, lane, steering_of(expression, interpreter, policies))
+
+
 def feed(
     model: Any,
     ids: Sequence[int],
@@ -60,10 +73,9 @@ def feed(
     interpreter = model.interpreter
     context = int(model.facts.get("context") or len(ids))
     check_ids(ids, interpreter.vocab_size, context)
-    policies = policies_of(variant, interpreter.routers, interpreter.dtype)
     interpreter.open(lane + 1, len(ids))
     interpreter.truncate(lane, 0)
-    interpreter.set_policies(lane, policies)
+    put_under(interpreter, lane, variant)
     room = max(1, min(CHUNK, LOGITS_BYTES // (4 * interpreter.vocab_size)))
     chunked = len(ids) if prompt is None else min(prompt, len(ids))
     start = 0

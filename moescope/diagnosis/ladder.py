@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from moescope.diagnosis.compare import plain
 from moescope.diagnosis.compare_run import specs_under
 from moescope.diagnosis.decisions import weights_at
-from moescope.diagnosis.forced import CHUNK, LOGITS_BYTES
+from moescope.diagnosis.forced import CHUNK, LOGITS_BYTES, put_under
 from moescope.diagnosis.two_models import Side, check_pair
-from moescope.engine.lane import policies_of
 from moescope.engine.prompts import check_ids
 from moescope.engine.sampling import Expectation, divergence, expectations
 from moescope.errors import ExitCode, MoescopeError
@@ -117,11 +116,10 @@ def climb(a: Side, b: Side, ids: Sequence[int]) -> Ladder:
 
 def _open(side: Side, lanes: Sequence[int], tokens: int) -> None:
     interpreter = side.model.interpreter
-    policies = policies_of(side.variant, interpreter.routers, interpreter.dtype)
     interpreter.open(max(lanes) + 1, tokens)
     for lane in lanes:
         interpreter.truncate(lane, 0)
-        interpreter.set_policies(lane, policies)
+        put_under(interpreter, lane, side.variant)
 
 
 def _title(a: Side, b: Side, one: Side) -> str:

@@ -14,7 +14,7 @@ from moescope.engine.interpreter import Router
 from moescope.engine.protocol import MAX_LANES, Sampling
 from moescope.engine.sampling import Expectation
 from moescope.errors import ExitCode, MoescopeError
-from moescope.kernels.spec import RouterPolicy
+from moescope.kernels.spec import RouterPolicy, RouterSpec
 
 Messages = tuple[tuple[str, str], ...]  # (role, text)
 
@@ -149,10 +149,10 @@ class Lane:
 
 
 def policies_of(expression: str, routers: Sequence[Router], dtype: str) -> tuple[RouterPolicy, ...]:
-    """The policy of each router under `expression`, its wiring left aside."""
-    from moescope import variants
+    """The policy of each router under `expression`, its wiring and what it steers left aside."""
+    from moescope import steering, variants
 
-    edits = variants.parse(expression)
+    edits = variants.parse(steering.split(expression)[0])
     for group in edits.groups:
         if not any(group.holds(router.layer) for router in routers):
             raise MoescopeError(
@@ -164,11 +164,50 @@ def policies_of(expression: str, routers: Sequence[Router], dtype: str) -> tuple
     return tuple(spec.resolved(dtype).policy for spec in specs)
 
 
+Steered = tuple[tuple[Any, ...], tuple[RouterSpec, ...]]  # Steering or None, and spec, by router
+
+
+def steering_of(
+    expression: str, interpreter: Any, policies: Sequence[RouterPolicy]
+) -> Steered | None:
+    """What a lane expression steers in each router under these policies; None: nothing.
+
+    Raises MoescopeError: USAGE for what a router cannot be told, RESOURCES for an interpreter that
+    cannot be steered.
+    """
+    from moescope import steering, variants
+
+    variant, items = steering.split(expression)
+    if not items:
+        return None
+    if not hasattr(interpreter, "set_intervention"):
+        raise MoescopeError(
+            "steering experts needs the torch interpreter",
+            hint="--device cpu or cuda",
+            code=ExitCode.RESOURCES,
+        )
+    if variants.parse(variant).rebuilds:
+        raise MoescopeError(f"{expression}: a rewired decoder cannot be steered")
+    specs = tuple(
+        RouterSpec(policy, router.spec.wiring).resolved(interpreter.dtype)
+        for router, policy in zip(interpreter.routers, policies, strict=True)
+    )
+    layers = [router.layer for router in interpreter.routers]
+    return steering.of_routers(items, list(zip(layers, specs, strict=True))), specs
+
+
 def refuse_rewiring(expression: str) -> None:
     """Raise for an expression that edits more than policies, where logits alone are looked at."""
-    from moescope import variants
+    from moescope import steering, variants
 
-    if variants.parse(expression).rebuilds:
+    variant, steered = steering.split(expression)
+    if steered:
+        raise MoescopeError(
+            f"{expression}: expected a variant, found experts that are steered",
+            hint="--variant steers a lane",
+            code=ExitCode.USAGE,
+        )
+    if variants.parse(variant).rebuilds:
         raise MoescopeError(
             f"{expression}: expected fields of the router's policy, found one that rewires the "
             "decoder",

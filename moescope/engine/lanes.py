@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moescope.engine import sampling
-from moescope.engine.lane import Lane, letter, policies_of
+from moescope.engine.lane import Lane, letter, policies_of, steering_of
 from moescope.engine.protocol import Event, Finished, Generate, LaneChanged, Note
 from moescope.engine.recording import Recorder
 from moescope.errors import MoescopeError
@@ -123,11 +123,13 @@ class Lanes:
         return self.lanes[index]
 
     def _policies(self, expression: str) -> tuple[str, tuple[RouterPolicy, ...]]:
-        from moescope import variants
+        from moescope import steering
 
-        expression = variants.canonical(expression)
+        expression = steering.canonical(expression)
         routers, dtype = self.interpreter.routers, self.interpreter.dtype
-        return expression, policies_of(expression, routers, dtype)
+        policies = policies_of(expression, routers, dtype)
+        steering_of(expression, self.interpreter, policies)  # refused before anything changes
+        return expression, policies
 
     def _reserve_for(self, prompt: int, forced: int, request: Generate) -> None:
         more = forced or min(request.sampling.max_new_tokens, 2 * ROOM)
@@ -149,15 +151,20 @@ class Lanes:
 
     def _route(self, index: int, expression: str, policies: Sequence[RouterPolicy]) -> None:
         """Put a lane under a variant; one that edits more than policies rebuilds the step."""
-        from moescope import variants
+        from moescope import steering, variants
 
-        if variants.parse(expression).rebuilds and not hasattr(self.interpreter, "set_wiring"):
+        variant, steered = steering.split(expression)
+        if variants.parse(variant).rebuilds and not hasattr(self.interpreter, "set_wiring"):
             from moescope.engine.rewired_lanes import RewiredLanes
 
             self.interpreter = RewiredLanes(self.interpreter)
         self.interpreter.set_policies(index, policies)
         if hasattr(self.interpreter, "set_wiring"):
-            self.interpreter.set_wiring(index, expression)
+            self.interpreter.set_wiring(index, variant)
+        if steered or getattr(self.interpreter, "intervene", None) is not None:
+            from moescope.engine.torch_steering import steer
+
+            steer(self.interpreter, index, steering_of(expression, self.interpreter, policies))
 
     def _compare_ids(self, lane: Lane) -> None:
         first = self.lanes.get(0)

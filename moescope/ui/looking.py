@@ -75,13 +75,15 @@ class Looking:
     def _decide(self, lane: Lane, row: int, table: RouterTable) -> Decision:
         if self.shown is None:
             return routers.as_generated(table, lane, row)
+        from moescope.steering import split
         from moescope.variants import parse
 
         assert self.watch.history is not None
+        variant, steered = split(self.shown)
         logits = self.watch.history.logits(lane, row)
         if logits is None:
             return routers.not_recorded(table.count, NOT_RECORDED)
-        if not parse(self.shown).on_logits:
+        if steered or not parse(variant).on_logits:
             return routers.not_recorded(table.count, NEEDS_MODEL)
         return routers.reroute(table, self.shown, logits, int(lane.token_id[row]))
 
@@ -218,7 +220,7 @@ class Looking:
         """Put an expression on the bar; returns what is wrong with it, "" when it stands."""
         if self.table is None:
             return "nothing is loaded"
-        from moescope.variants import canonical
+        from moescope.steering import canonical
 
         try:
             expression = canonical(expression)
@@ -232,6 +234,19 @@ class Looking:
         self.shown = expression if expression in self.others() else None
         return ""
 
+    def check_lane(self, expression: str) -> str:
+        """What is wrong with a lane expression, steering included; "" when a lane can run it."""
+        if self.table is None:
+            return "nothing is loaded"
+        from moescope.steering import canonical, of_routers, split
+
+        try:
+            specs = routers.specs_under(self.table, canonical(expression))
+            of_routers(split(expression)[1], list(zip(self.table.layers, specs, strict=True)))
+        except MoescopeError as error:
+            return error.message
+        return ""
+
     def letter(self, letter: str) -> str | None:
         """The expression a letter of the bar stands for."""
         index = LETTERS.index(letter)
@@ -239,6 +254,8 @@ class Looking:
 
     def lettered(self) -> tuple[tuple[str, str], ...]:
         """(letter, expression) of the variants the lane does not generate under."""
-        wanted = set(self.others())
+        from moescope.steering import split
+
+        wanted = {name for name in self.others() if not split(name)[1]}
         pairs = zip(view.LETTERS, self.watch.variants, strict=False)
         return tuple((letter, expression) for letter, expression in pairs if expression in wanted)

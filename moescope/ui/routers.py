@@ -111,10 +111,12 @@ def specs_under(table: RouterTable, expression: str) -> tuple[RouterSpec, ...]:
     """The routers under a variant expression; raises MoescopeError where it does not apply."""
     held = table.respecs.get(expression)
     if held is None:
+        from moescope.steering import split
         from moescope.variants import apply
 
+        variant = split(expression)[0]  # what is steered happens beside the spec
         held = tuple(
-            apply(expression, spec, layer)
+            apply(variant, spec, layer)
             for spec, layer in zip(table.specs, table.layers, strict=True)
         )
         table.respecs[expression] = held

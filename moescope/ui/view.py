@@ -280,11 +280,13 @@ def variant_bar(
 
 def variant_title(table: RouterTable, expression: str, specs: tuple[RouterSpec, ...]) -> str:
     """A name people can read: the catalogue's title, with the router in words for `trained`."""
+    from moescope.steering import split
     from moescope.variants import title
 
     if expression == routers.TRAINED:
         return f"trained  {specs[0].line()}" if specs else "trained"
-    return printable(title(expression), 60)
+    variant, steered = split(expression)
+    return printable(f"{title(variant)} with {steered}" if steered else title(variant), 60)
 
 
 def title_of(table: RouterTable, expression: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from textual.widgets import Input, Static
 
 from moescope.engine import protocol as p
 from moescope.trace.memory import MemoryTrace
@@ -235,8 +238,6 @@ async def test_same_tokens_is_a_toggle_that_is_labelled():
 
 
 async def test_a_recording_of_two_models_names_both():
-    from dataclasses import replace
-
     trace = flipping()
     meta = trace.meta
     second = tuple(replace(router, model=1) for router in meta.routers)
@@ -270,3 +271,29 @@ async def test_comparing_a_run_opens_a_lane_under_the_shown_variant():
         await wait_for(pilot, lambda: screen.pair is not None and screen.pair.rows == 5)
         await pilot.press("space")
         assert engine.sent[-1] == p.Pause()
+
+
+async def test_a_lane_is_forked_and_steered_from_the_token_under_the_cursor():
+    async with running(tokens=20) as (engine, main, pilot):
+        main.look.seek(9, following=False)
+        main.look.router, main.look.expert = 2, 5
+        await pilot.press("exclamation_mark")
+        asked = main.app.screen.query_one(Input)
+        assert asked.value == "trained with forbid=L2:5"
+        asked.value = "trained with forbid=L2:99"
+        await pilot.press("enter")
+        assert "experts 0 to 15" in str(main.app.screen.query_one(".wrong", Static).render())
+        asked.value = "num_experts_per_tok=3 with forbid=L2:5"
+        await pilot.press("enter")
+        expression = "num_experts_per_tok=3 with forbid=L2:5"
+        assert engine.sent[-1] == p.AddLane(expression, fork_of=0, position=10)
+        screen = main.app.screen
+        assert isinstance(screen, CompareScreen)
+        engine.link.push(p.LaneChanged(1, expression, 10, fork_of=0))
+        for frame in frames_of(engine.meta, 20, lane=1, variant="num_experts_per_tok=3")[10:]:
+            steered = replace(frame, variant=expression)
+            engine.link.push(p.Newest((steered,), 0, "running", 30.0))
+        await wait_for(pilot, lambda: screen.pair is not None and screen.pair.rows == 20)
+        assert "with forbid=L2:5" in screen.query_one("#text-b", Transcript).data.title
+        await pilot.press("escape", "v")
+        assert main.app.screen is main  # the bar holds a variant that has no logits to be seen on
