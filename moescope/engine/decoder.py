@@ -99,6 +99,7 @@ class Attention:
     v_norm: Norm | None = None
     clip_qkv: float | None = None
     sinks: bool = False
+    float32_scores: bool = False  # with sinks: products of queries and keys are not rounded
     softcap: float = 0.0
     gate: Literal[
         "none", "in_q_proj", "sigmoid", "softplus", "sigmoid_per_head", "softplus_per_head"

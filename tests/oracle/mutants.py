@@ -175,6 +175,7 @@ EXEMPT: dict[str, str] = {
     "Attention.head_dim": "a shape",
     "Attention.v_head_dim": "a shape",
     "Attention.kv_norm": "goes with qk_norm",
+    "Attention.float32_scores": "rounding: seen in bfloat16 only",
     "Attention.qk_norm_over": "a shape",
     "Attention.keys_are_values": "a shape",
     "MLA.hidden": "a shape",

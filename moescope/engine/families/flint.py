@@ -20,7 +20,7 @@ CONTEXT, WINDOW = 262144, 513
 
 
 def flint(config: Fields) -> DecoderSpec:
-    """Each head has a sink; norms are multiplied in float32."""
+    """Each head has a sink; norms are multiplied, and attention scored, in float32."""
     sizes = common.read_sizes(config, eps=1e-6, context=CONTEXT, kv_heads=4, head_dim=128)
     bias = config.bool("attention_bias", False)
     sliding = common.attention(
@@ -35,7 +35,7 @@ def flint(config: Fields) -> DecoderSpec:
     last = sizes.layers - 1
     usual = [FULL if n < 2 or n % 4 == 1 or n == last else SLIDING for n in range(sizes.layers)]
     types = common.read_layer_types(config, sizes.layers, (FULL, SLIDING), usual)
-    mixers = biased.placed_in_windows(replace(sliding, sinks=True), types)
+    mixers = biased.placed_in_windows(replace(sliding, sinks=True, float32_scores=True), types)
     policy = RouterPolicy(
         biased.read_counts(config, 6)[1],
         scoring_func="sigmoid",

@@ -74,7 +74,7 @@ class CachedAttention:
             out = F.scaled_dot_product_attention(q, keys, values, scale=s.scale)
         else:
             sinks = None if self.sinks is None else self.sinks.view(1, s.kv_heads, -1, 1)
-            out = attend(q, keys, values, None, s.scale, s.softcap, sinks)
+            out = attend(q, keys, values, None, s.scale, s.softcap, sinks, s.float32_scores)
         return out.reshape(1, -1)
 
     def _many(self, lane: int, start: int, qk: Tensor, v: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class CachedAttention:
                 out = F.scaled_dot_product_attention(*arrays, mask, scale=s.scale)
             else:
                 sinks = None if self.sinks is None else self.sinks.view(1, -1, 1, 1)
-                out = attend(*arrays, mask, s.scale, s.softcap, sinks)
+                out = attend(*arrays, mask, s.scale, s.softcap, sinks, s.float32_scores)
             blocks.append(out[0])
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
@@ -224,11 +224,13 @@ def attend(
     scale: float,
     softcap: float,
     sinks: Tensor | None,
+    wide: bool = False,
 ) -> Tensor:
     """Attention of q [.., T, D] over keys [.., S, D] in plain products, with what SDPA has not: a
     softcap on the scores, and sinks (broadcast to [.., T, 1]), logits that take part in the softmax
     and then in nothing (gpt-oss)."""
-    scores = q @ keys.transpose(-1, -2) * scale
+    dtype = torch.float32 if wide else q.dtype
+    scores = q.to(dtype) @ keys.to(dtype).transpose(-1, -2) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
