@@ -34,15 +34,24 @@ def failure(error: BaseException, token: int | None = None) -> Failed:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Also torch's, which is its own type on a GPU and a plain RuntimeError on the CPU."""
+    """Also torch's, which is its own type on a GPU and a plain RuntimeError on the CPU, and MLX's,
+    which is a plain one everywhere."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()
-    signs = ("can't allocate memory", "out of memory", "not enough memory")
+    signs = (
+        "can't allocate memory",
+        "out of memory",
+        "not enough memory",
+        "insufficient memory",
+        "attempting to allocate",
+        "unable to allocate",
+    )
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 def device_lost(error: BaseException) -> bool:
     text = str(error).lower()
     accelerator = type(error).__name__ == "AcceleratorError"
-    return accelerator or (isinstance(error, RuntimeError) and "cuda error" in text)
+    signs = ("cuda error", "command buffer execution failed")
+    return accelerator or (isinstance(error, RuntimeError) and any(sign in text for sign in signs))

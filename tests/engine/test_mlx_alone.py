@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from moescope.engine import devices
+from moescope.engine.failures import failure
 from moescope.errors import MoescopeError
 from tests.tiny import tiny_checkpoint
 
@@ -148,3 +149,23 @@ def test_small_models_widen_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.widens_small_models("mlx") and devices.widens_small_models("cpu")
     monkeypatch.setattr(devices, "has_metal", lambda: True)
     assert not devices.widens_small_models("mlx") and not devices.widens_small_models("cuda")
+
+
+# --- how it fails -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("[metal::malloc] Attempting to allocate 99 bytes which is greater than", "out of memory"),
+        ("[METAL] Command buffer execution failed: Insufficient Memory (00000008", "out of memory"),
+        ("[malloc] Unable to allocate 99 bytes.", "out of memory"),
+        (
+            "[METAL] Command buffer execution failed: Caused GPU Timeout Error",
+            "the device was lost",
+        ),
+    ],
+)
+def test_what_mlx_says_when_it_fails_is_understood(said: str, told: str) -> None:
+    failed = failure(RuntimeError(said), token=7)
+    assert failed.message == f"{told} at token 7; the trace is saved" and failed.code == 5
