@@ -240,6 +240,20 @@ print(peak() - before, model.memory["weights"])
 """
 
 
+def peak_and_weights(small: Path, large: Path, dtype: str) -> tuple[int, int]:
+    """By how many bytes a process grows that loads `large` after `small`; what its weights are."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(small), str(large), dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    grown, weights = map(int, done.stdout.split())
+    return grown, weights
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
 @pytest.mark.parametrize(("layout", "dtype"), [("hub", "float32"), ("mlx", "bfloat16")])
 def test_loading_holds_little_more_than_the_weights(
@@ -251,14 +265,6 @@ def test_loading_holds_little_more_than_the_weights(
     large = tiny_checkpoint(
         "olmoe", tmp_path / "large", layout=layout, num_hidden_layers=16, **shape
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(folder), str(large), dtype],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
-    grown, weights = map(int, done.stdout.split())
+    grown, weights = peak_and_weights(folder, large, dtype)
     assert weights > 90e6 / (2 if dtype == "bfloat16" else 1)
     assert grown <= 1.1 * weights, (grown, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.protocol import LoadRequest
 from moescope.engine.quantised import reading
 from tests.engine.packing import FORMS, Form, made
+from tests.engine.test_load import peak_and_weights
 from tests.tiny import tiny_checkpoint
 
 SHAPE = {
@@ -167,3 +169,32 @@ def test_scales_that_are_not_finite_are_told(tmp_path: Path) -> None:
         "layer 0: attention.qkv.weight holds 32 values that are not finite",
         "layer 0: mlp.experts.down holds 32 values that are not finite",
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+def test_expanding_holds_little_more_than_the_weights(tmp_path: Path) -> None:
+    """At most 1.1 × what the expanded weights take, measured in a process of its own."""
+    wide = {**SHAPE, "hidden_size": 256, "moe_intermediate_size": 256}
+    small = tiny_checkpoint("qwen3_moe", tmp_path / "small", layout="mlx", **SHAPE)
+    large = tiny_checkpoint(
+        "qwen3_moe",
+        tmp_path / "large",
+        layout="mlx",
+        **{**wide, "num_hidden_layers": 8, "num_experts": 16},
+    )
+    held = load_file(large / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in held if "switch_mlp" in name]:
+        experts, rows, columns = held.pop(name).shape
+        module = name.removesuffix(".weight")
+        words = torch.randint(
+            -(2**31), 2**31 - 1, (experts, rows, columns // 8), generator=generator
+        )
+        held[name] = words.to(torch.int32).view(torch.uint32)
+        for role in ("scales", "biases"):
+            held[f"{module}.{role}"] = torch.full((experts, rows, columns // 32), 0.01)
+    save_file(held, large / "model.safetensors")
+    edit(large, quantization={"group_size": 32, "bits": 4})
+    grown, weights = peak_and_weights(small, large, "float32")
+    assert weights > 90e6
+    assert grown <= 1.1 * weights, (grown, weights)

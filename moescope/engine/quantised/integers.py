@@ -95,13 +95,17 @@ def gptq(packed: Packed, arrays: Arrays) -> Array:
     zeros = numbers.codes(arrays["zeros"], packed.bits)[:, :rows].T
     if packed.variant == GPTQ_V1:  # zeros are stored less 1, in their few bits
         zeros = (zeros + np.uint8(1)) & np.uint8((1 << packed.bits) - 1)
-    order = arrays.get("g_idx")
-    if order is None:
-        order = np.arange(columns) // packed.group_size
+    usual = np.arange(columns) // packed.group_size
+    order = arrays.get("g_idx", usual)
+    values, scales = codes.astype(np.float32), np.ascontiguousarray(arrays["scales"].T)
+    if zeros.shape[1] * packed.group_size == columns and np.array_equal(order, usual):
+        grouped = values.reshape(rows, zeros.shape[1], packed.group_size)
+        grouped -= zeros[..., None]
+        grouped *= scales[..., None]
+        return values
     order = _checked(order, zeros.shape[1], packed)
-    values = codes.astype(np.float32)
     values -= zeros[:, order]
-    values *= arrays["scales"].T[:, order]
+    values *= scales[:, order]
     return values
 
 
@@ -118,13 +122,17 @@ def awq_readings(group: Group, bits: int, size: int) -> Iterator[Packed]:
 
 
 def awq(packed: Packed, arrays: Arrays) -> Array:
-    size = packed.group_size
+    rows, columns = packed.shape
     values = _awq_codes(arrays["weight"], packed.bits).astype(np.float32)
-    values -= _awq_codes(arrays["zeros"], packed.bits).repeat(size, axis=0)
-    values *= arrays["scales"].repeat(size, axis=0)
-    return values.T
+    grouped = values.reshape(-1, packed.group_size, rows)
+    grouped -= _awq_codes(arrays["zeros"], packed.bits)[:, None]
+    grouped *= arrays["scales"][:, None]
+    return values.reshape(columns, rows).T
 
 
 def _awq_codes(words: Array, bits: int) -> Array:
-    stored = numbers.codes(words, bits).reshape(words.shape[0], -1, len(AWQ_ORDER))
-    return stored[..., np.argsort(AWQ_ORDER)].reshape(words.shape[0], -1)
+    stored = numbers.codes(words, bits).reshape(*words.shape, len(AWQ_ORDER))
+    out = np.empty_like(stored)
+    for at, column in enumerate(AWQ_ORDER):
+        out[..., column] = stored[..., at]
+    return out.reshape(words.shape[0], -1)

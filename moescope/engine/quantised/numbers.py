@@ -62,11 +62,6 @@ E2M1 = _small_floats(2, 1, 1)
 E4M3 = _e4m3()
 E5M2 = _e5m2()
 E8M0 = _e8m0()
-# the codes of every byte, for the bits that divide one
-_OF_A_BYTE = {
-    bits: ((np.arange(256)[:, None] >> np.arange(0, 8, bits)) & ((1 << bits) - 1)).astype(np.uint8)
-    for bits in (1, 2, 4)
-}
 _TABLES = {"F8_E4M3": E4M3, "F8_E5M2": E5M2, "F8_E8M0": E8M0}
 # both values of a byte of two codes, the low half first, as one item of eight bytes
 _E2M1_PAIRS = np.stack([np.tile(E2M1, 16), np.repeat(E2M1, 16)], axis=1).view(np.uint64)[:, 0]
@@ -89,9 +84,13 @@ def codes(words: Array, bits: int) -> Array:
     data = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
         return data
-    if bits in _OF_A_BYTE:
-        return _OF_A_BYTE[bits][data].reshape(*data.shape[:-1], -1)
     *lead, size = data.shape
+    if 8 % bits == 0:
+        out = np.empty((*data.shape, 8 // bits), np.uint8)
+        for at in range(8 // bits):
+            np.right_shift(data, at * bits, out=out[..., at])
+        out &= np.uint8((1 << bits) - 1)
+        return out.reshape(*lead, -1)
     # eight codes lie in as many bytes as a code has bits
     groups = data.reshape(*lead, size // bits, bits)
     wide = np.zeros(groups.shape[:-1], np.uint64)
@@ -106,6 +105,8 @@ def codes(words: Array, bits: int) -> Array:
 def fields(words: Array, bits: int) -> Array:
     """Codes of `bits` in words of 32, as many as go into one whole, the lowest bits first: what is
     left of a word is not used. uint8 [.., words * (32 // bits)]."""
+    if 32 % bits == 0:
+        return codes(words, bits)
     count = 32 // bits
     shifts = np.arange(count, dtype=np.uint32) * np.uint32(bits)
     wide = np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts
