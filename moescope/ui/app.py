@@ -25,13 +25,14 @@ from rich.text import Text
 from textual.app import App, SystemCommand
 from textual.filter import LineFilter
 from textual.screen import Screen
+from textual.theme import Theme
 
 from moescope.demo import CHECKPOINT
 from moescope.engine.protocol import LoadRequest, Sampling
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import printable
 from moescope.ui import keys
-from moescope.ui.text import ControlFilter
+from moescope.ui.text import ControlFilter, in_turn
 
 if TYPE_CHECKING:
     from textual.command import Provider
@@ -133,6 +134,7 @@ class MoescopeApp(App[int]):
     TOOLTIP_DELAY = 0.15
     BINDINGS = keys.bindings("app")
     COMMANDS = App.COMMANDS | {_places}
+    _theme_now: Theme | None = None
 
     def __init__(
         self,
@@ -144,6 +146,7 @@ class MoescopeApp(App[int]):
         name: str = "",
     ) -> None:
         super().__init__()
+        self._control = ControlFilter()
         self.subject = watch
         self.opener = opener
         self.now = clock
@@ -181,8 +184,15 @@ class MoescopeApp(App[int]):
         gc.collect()
         gc.freeze()
 
+    @property
+    def current_theme(self) -> Theme:
+        """Looked up once: every line that is drawn asks for it."""
+        if self._theme_now is None or self._theme_now.name != self.theme:
+            self._theme_now = super().current_theme
+        return self._theme_now
+
     def get_line_filters(self) -> Sequence[LineFilter]:
-        return [*super().get_line_filters(), ControlFilter()]
+        return [in_turn((*super().get_line_filters(), self._control))]
 
     def on_mount(self) -> None:
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""How often the screen draws: 15 times a second, 10 where it shares few cores with an engine, fewer
+"""How often the screen draws: 15 times a second, 8 where it shares few cores with an engine, fewer
 when it cannot keep up or nobody looks.
 
 Counts beats, holds no timer and reads no clock itself.
@@ -7,7 +7,7 @@ Counts beats, holds no timer and reads no clock itself.
 from __future__ import annotations
 
 RATES = (15.0, 8.0, 4.0)
-FEW_CORES, FEW_RATES = 4, (10.0, 6.0, 4.0)
+FEW_CORES, FEW_RATES = 4, (8.0, 6.0, 4.0)
 AWAY = 2.0  # when the terminal has lost the focus: still alive in a window beside
 LATE = 1.5  # periods
 LATE_BEATS, GOOD_BEATS = 5, 150

@@ -42,6 +42,26 @@ class ControlFilter(LineFilter):
         return Segment.adjust_line_length(shown, width)
 
 
+class InTurn(LineFilter):
+    """Several filters as one; `in_turn` makes them."""
+
+    def __init__(self, filters: tuple[LineFilter, ...]) -> None:
+        super().__init__()
+        self.filters = filters
+
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
+        for each in self.filters:
+            segments = each.apply(segments, background)
+        return segments
+
+
+@lru_cache(maxsize=16)
+def in_turn(filters: tuple[LineFilter, ...]) -> InTurn:
+    """The same object for the same filters: a line keeps what a filter made of it, so one that
+    stays is filtered once."""
+    return InTurn(filters)
+
+
 def is_plain(text: str) -> bool:
     """Whether nothing in one line of text needs escaping; may say no where nothing does."""
     return text.isprintable() and (text.isascii() or max(text) < FIRST_HIDDEN)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from textual.geometry import Region
 
 from moescope.trace.memory import MemoryTrace
 from moescope.ui.app import MoescopeApp
@@ -13,6 +14,7 @@ from moescope.ui.screens.token import LayersTable, TokenScreen
 from moescope.ui.watch import watch_source
 from moescope.ui.widgets.expert_map import ExpertMap
 from moescope.ui.widgets.layer_panel import LayerPanel
+from moescope.ui.widgets.panel import Panel
 from moescope.ui.widgets.status_line import StatusLine
 from moescope.ui.widgets.token_panel import TokenPanel
 from moescope.ui.widgets.transcript import Transcript
@@ -340,3 +342,22 @@ async def test_hostile_text_never_reaches_the_terminal():
                 for segment in strip:
                     bad = [c for c in segment.text if ord(c) < 32 or 127 <= ord(c) < 160]
                     assert not bad and "\u202e" not in segment.text
+
+
+async def test_what_stays_is_neither_filtered_nor_drawn_again() -> None:
+    """With every token: lines that did not change keep what filters made of them, and a new title
+    draws the edge it stands in, nothing else."""
+    async with replaying(row=50) as (main, pilot):
+        assert main.app.get_line_filters()[0] is main.app.get_line_filters()[0]
+        for panel in main.query(Panel):
+            assert panel.get_line_filters()[0] is panel.get_line_filters()[0]
+        token = main.query_one(TokenPanel)
+        assert token.data is not None
+        whole = token.size.region
+        before = token.render_lines(token.region.size.region)
+        token.show(replace(token.data, title="token 51 of another name"))
+        assert token._repaint_regions == {Region(1, 0, whole.width, 1)}
+        await pilot.pause()
+        after = token.render_lines(token.region.size.region)
+        assert "another name" in after[0].text and len(after) == whole.height + 2
+        assert all(a is b for a, b in zip(before[1:], after[1:], strict=True))

@@ -73,7 +73,7 @@ def test_a_timer_that_rested_is_not_late():
 
 
 def test_a_screen_that_shares_few_cores_draws_less():
-    assert Clock(2).rate == 10.0 and Clock(16).rate == Clock().rate == 15.0
+    assert Clock(2).rate == 8.0 and Clock(16).rate == Clock().rate == 15.0
 
 
 def test_a_pace_owes_whole_tokens_and_forgets_long_sleeps():

@@ -40,7 +40,7 @@ from moescope.ui.widgets.transcript import Transcript
 from moescope.ui.widgets.transport import Transport
 from moescope.ui.widgets.variant_bar import VariantBar
 
-PLOT_EVERY = 0.3  # seconds, while tokens come
+PLOT_EVERY = 0.5  # seconds, while tokens come
 DEMO_PACE = 16.0  # tokens a second: the embedded model is faster than anybody reads
 CHROME = 4  # rows of status, variants, prompt and footer
 PLACEHOLDER = "press i to type a prompt · / finds L17, E062, @412 or text"
@@ -63,6 +63,8 @@ class MainScreen(MainKeys):
         self._cells = Cells()
         self._drawn: dict[str, object] = {}  # panel -> what it was drawn from
         self._plotted = 0.0
+        self._layers: list[LayerPanel] = []
+        self._plots: list[ScorePlot] = []
         self._stepped: tuple[object, int] = (None, 0)  # lane and the rows it will have
         self._meter, self._rate = Meter(), 0.0  # how fast tokens come where a pace is set
         self._timer: Timer | None = None
@@ -92,6 +94,7 @@ class MainScreen(MainKeys):
         yield Footer()
 
     def on_mount(self) -> None:
+        self._layers, self._plots = list(self.query(LayerPanel)), list(self.query(ScorePlot))
         self.look_at(self.subject)
 
     # --- the clock
@@ -371,7 +374,7 @@ class MainScreen(MainKeys):
         self.query_one(ExpertMap).show(view.map_data(table, decision, counts, tokens, look.cursor))
         line = lines.spec_line(table, look.router, look.shown or lane.variants[row])
         data = view.layer_data(table, lane, row, decision, counts, look.cursor, line)
-        for panel in self.query(LayerPanel):
+        for panel in self._layers:
             panel.show(data)
         self.query_one(LayerLine).show(data)
         now = self.now()
@@ -379,7 +382,7 @@ class MainScreen(MainKeys):
             self._plotted = now
             if self._changed("sums", (lane, row, look.router)):
                 plot = view.plot_data(table, lane, row, look.router)
-                for sums in self.query(ScorePlot):
+                for sums in self._plots:
                     sums.show(plot)
         variants: tuple[str, ...] = ()
         if settled:

@@ -14,7 +14,6 @@ import numpy as np
 from rich.segment import Segment
 from textual import events
 from textual.content import Content
-from textual.filter import ANSIToTruecolor, LineFilter
 from textual.message import Message
 from textual.strip import Strip
 
@@ -205,13 +204,6 @@ class ExpertMap(Panel[MapData]):
         self._brush = None
         if self.is_running:  # another theme may have colours where this one had shades
             self.call_later(self._redraw)
-
-    def get_line_filters(self) -> Sequence[LineFilter]:
-        """Without the filter that replaces ANSI colours, where there are none: a third cheaper."""
-        filters = super().get_line_filters()
-        if not self.pens.colours:
-            return filters
-        return [each for each in filters if not isinstance(each, ANSIToTruecolor)]
 
     # --- mouse --------------------------------------------------------------------------------
 
