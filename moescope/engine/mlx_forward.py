@@ -23,8 +23,8 @@ from moescope.engine.decoder import (
 )
 from moescope.engine.interpreter import Router
 from moescope.engine.mlx_operators.record import stacked
+from moescope.engine.mlx_states import States
 
-States = list[list[mx.array]]  # per operator
 Tables = dict[int, tuple[mx.array, mx.array]]  # by the id of a rope: cos, signed sin
 Normalise = Callable[[mx.array], mx.array] | None
 Branching = tuple[Normalise, ops.MLXOperator, Normalise, Branch]  # pre-norm, operator, post-norm
@@ -92,8 +92,8 @@ class Forward:
     def __call__(
         self, static: ops.Static, ids: mx.array, positions: mx.array, rows: mx.array, states: States
     ) -> tuple[list[mx.array], States]:
-        """ids, positions [R], rows [L, R, P, WIDTH] -> next-token logits and what the routers
-        decided, and the state after it."""
+        """ids, positions [R], rows [L, R, P, WIDTH] -> next-token logits, what the routers decided
+        and, where their slow twin did, the kernel beside it; and the state after it."""
         spec, state = self.spec, iter(states)
         call = ops.Call(static, ids, positions, rows, self._rotations(static, positions))
         x = self.embed.take(ids)  # [R, H]
@@ -107,7 +107,8 @@ class Forward:
         if static.tokens > 1 and not static.all_logits:
             x = x[-1:]
         logits = self.head(x if self.final is None else self.final(x), self.head_bias)
-        return [self._scaled(logits), *stacked(call.routings)], after
+        beside = stacked(call.beside)[:2] if static.slow_router else []
+        return [self._scaled(logits), *stacked(call.routings), *beside], after
 
     def _scaled(self, logits: mx.array) -> mx.array:
         spec = self.spec

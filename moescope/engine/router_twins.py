@@ -41,7 +41,7 @@ class RouterTwins:
             at = slice(None) if rows is None else rows
             logits = routing.logits[at]
             policy = spec.policy
-            inputs = {
+            inputs: dict[str, Any] = {
                 "correction_bias": router.correction_bias
                 if policy.correction_bias != "none"
                 else None,

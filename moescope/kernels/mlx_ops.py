@@ -33,8 +33,8 @@ from moescope.kernels.metal.launch import (
 from moescope.kernels.mlx_numbers import E_MAX
 from moescope.kernels.mlx_plain import route_plain
 from moescope.kernels.mlx_policy import ALL, fields_of
-from moescope.kernels.policy_rows import DTYPES, WIDTH
-from moescope.kernels.spec import Routing
+from moescope.kernels.policy_rows import WIDTH
+from moescope.kernels.spec import MODEL_DTYPES, Routing
 from moescope.kernels.twins import Difference, difference
 
 __all__ = ["compare_twins", "fields_of", "gate_and_route_mlx", "route_mlx", "uses_metal"]
@@ -129,7 +129,7 @@ def gate_and_route_mlx(
         E,
         H,
         K_max,
-        router_dtype=DTYPES.index(router_dtype),
+        router_dtype=MODEL_DTYPES.index(router_dtype),
         casts=narrow != mx.float32 and {hidden.dtype, gate.dtype} != {narrow},
         one_row=len(flat) == 1,
         has_gate_bias=gate_bias is not None,
@@ -171,16 +171,16 @@ def _in_operators(
     hash_ids: mx.array | None,
     fields: frozenset[str],
 ) -> Routing:
-    def spread(x: mx.array | None) -> mx.array | None:
+    def spread(x: mx.array) -> mx.array:
         """What each token has, repeated for each of its P policies."""
-        return x if x is None or P == 1 else mx.repeat(x, P, axis=0)
+        return x if P == 1 else mx.repeat(x, P, axis=0)
 
     def vectors(x: mx.array | None) -> mx.array | None:
         return x if x is None or len(x) == 1 else spread(x)
 
     rows = mx.broadcast_to(rows, (T * P, WIDTH))
-    inputs = (spread(logits), rows, K_max, vectors(bias), vectors(scale), spread(hash_ids))
-    return route_plain(*inputs, fields)
+    hashed = None if hash_ids is None else spread(hash_ids)
+    return route_plain(spread(logits), rows, K_max, vectors(bias), vectors(scale), hashed, fields)
 
 
 def _on_metal(
@@ -212,7 +212,9 @@ def _launched(launch: Launch, inputs: list[mx.array | None], **options: Any) -> 
     of their dtype, which is not read."""
     names = launch.kernel.input_names
     sizes = mx.array(launch.sizes, dtype=mx.int32)
-    rows = inputs[names.index("rows")].astype(mx.float32)
+    table = inputs[names.index("rows")]
+    assert table is not None
+    rows = table.astype(mx.float32)
     given = []
     for name, array in zip(names, [*inputs, sizes], strict=True):
         if name in ("rows", "bias", "scale", "gate_bias"):
@@ -220,7 +222,7 @@ def _launched(launch: Launch, inputs: list[mx.array | None], **options: Any) -> 
         elif name in ("hashed", "sizes"):
             array = sizes if array is None else array.astype(mx.int32)
         given.append(rows if array is None else array)
-    return _kernel(launch.kernel)(
+    outputs: list[mx.array] = _kernel(launch.kernel)(
         inputs=given,
         template=list(launch.template),
         grid=launch.grid,
@@ -229,6 +231,7 @@ def _launched(launch: Launch, inputs: list[mx.array | None], **options: Any) -> 
         output_dtypes=[getattr(mx, name) for name in launch.output_dtypes],
         **options,
     )
+    return outputs
 
 
 @lru_cache(maxsize=4)

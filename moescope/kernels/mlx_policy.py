@@ -7,7 +7,7 @@ then a row that does ask for it needs another trace.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -53,14 +53,15 @@ class Row:
     left out of what is traced."""
 
     def __init__(self, rows: mx.array, fields: frozenset[str]) -> None:
-        self._columns: Sequence[mx.array] = mx.split(rows.astype(mx.float32), WIDTH, axis=-1)
+        self._columns: Any = mx.split(rows.astype(mx.float32), WIDTH, axis=-1)
         self._fields = fields
 
     def has(self, name: str) -> bool:
         return name in self._fields
 
     def __getattr__(self, name: str) -> mx.array:
-        return self._columns[COLUMN[name]]
+        column: mx.array = self._columns[COLUMN[name]]
+        return column
 
     def after(self) -> mx.array:
         return self.score_order == 1

@@ -72,3 +72,26 @@ def same(a: StepOutput, b: StepOutput) -> None:
     for name in (*names, "router_logits", "shadow_weights", "shadow_sums"):
         found: Any = getattr(b, name)
         np.testing.assert_allclose(found, getattr(a, name), rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def test_the_slow_twin_routes_and_the_kernel_beside_it(
+    compiled: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tiny_checkpoint("olmoe", tmp_path / "olmoe", seed=1)
+    assert on_mlx(path).twin == ""
+    with on_metal(compiled) as device:
+        model = on_mlx(path, lanes=2)
+        model.compiled = False
+        assert (model.twin, model.kernels["router"]) == ("mlx operators", "metal")
+        kernel = decoded(model)
+        launched = len(device.launched)
+        model.truncate(0, 0)
+        model.truncate(1, 0)
+        model.use_slow_router(True)
+        slow = decoded(model)
+        assert len(device.launched) == 2 * launched
+        apart = model.router_difference()
+    for a, b in zip(kernel, slow, strict=True):
+        same(a, b)
+    places = 2 * (4 + 3) * len(model.routers) * 2  # lanes, tokens, routers, policy and shadow
+    assert (apart.rows, apart.other_ids) == (places, 0) and apart.weight < 1e-6

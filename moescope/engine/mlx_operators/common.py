@@ -34,6 +34,7 @@ class Static:
     shadows: int
     keep_logits: bool
     all_logits: bool
+    slow_router: bool = False  # route in plain operators, and in the kernel beside them
 
 
 @dataclass(slots=True)
@@ -47,6 +48,7 @@ class Call:
     rows: mx.array  # [L, R, P, WIDTH], policies (`kernels.policy_rows`)
     rotations: dict[int, tuple[mx.array, mx.array]]  # by the id of a rope: cos, signed sin [R,1,D]
     routings: list[Routing] = field(default_factory=list)  # filled router by router, of R × P rows
+    beside: list[Routing] = field(default_factory=list)  # the kernel's, where its twin routes
     masks: dict[tuple[int, int], mx.array] = field(default_factory=dict)
     state: list[mx.array] = field(default_factory=list)
     read: mx.array | None = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 
 from moescope.engine.decoder import MoE, RoutedAttention
-from moescope.engine.mlx_operators.common import DTYPES, Call, Stateless, Static, Weights
+from moescope.engine.mlx_operators.common import DTYPES, Call, Stateless, Weights
 from moescope.engine.mlx_operators.experts import MLXExperts
 from moescope.engine.mlx_operators.matrix import Dense, Matrix, array, matrix
 from moescope.engine.mlx_operators.mlp import MLXMLP
@@ -47,21 +48,22 @@ class MLXRouter:
         rows = call.rows[self.index]  # [R, P, WIDTH]
         assert call.read is not None
         x = self.seen(h, call.read).astype(self.dtype)
-        routing = self._routed(x, rows, static)
+        routing = self._routed(x, rows, call)
         call.routings.append(routing)
         K = static.picks[self.index]
         scale = rows[:, 0, COLUMN["output_scale"], None]
         return routing.expert_ids[:, 0, :K], routing.weights[:, 0, :K], scale
 
-    def _routed(self, x: mx.array, rows: mx.array, static: Static) -> Routing:
+    def _routed(self, x: mx.array, rows: mx.array, call: Call) -> Routing:
         """Routing of R rows under P policies each: arrays [R, P, ...]; logits are [R, E], as the
         policy in force has them."""
-        R, P, width = rows.shape
+        (R, P, width), static = rows.shape, call.static
         made = {bits: self._gate(bits)(x, self.bias) for bits in static.gate_bits}  # [R, E] each
         logits = made[static.gate_bits[0]]
 
         def route(logits: mx.array, rows: mx.array) -> Routing:
-            return route_mlx(
+            found = partial(
+                route_mlx,
                 logits,
                 rows,
                 static.recorded[self.index],
@@ -70,6 +72,10 @@ class MLXRouter:
                 keep_logits=static.keep_logits,
                 fields=static.fields,
             )
+            if not static.slow_router:
+                return found()
+            call.beside.append(found())
+            return found(use_metal=False)
 
         if len(made) == 1:
             return route(logits, rows)

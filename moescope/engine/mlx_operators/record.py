@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moescope.engine.interpreter import StepOutput
 from moescope.engine.mlx_operators.common import Static
 from moescope.kernels.spec import Routing
+from moescope.kernels.twins import Difference, Picks, difference
 from moescope.trace.frames import RecordLevel
 
 SUMS = ("score_sum", "mass", "entropy", "margin")
@@ -108,6 +109,16 @@ def output(
         shadow_weights=shadows(floats, slice(4, 4 + shadow_K), np.float32) if wanted else None,
         shadow_sums=shadows(floats, 0, np.float32),
     )
+
+
+def apart(slow: Sequence[mx.array], kernel: Sequence[mx.array]) -> Difference:
+    """Between two routings of the same rows, each the evaluated integers and floats."""
+    picks = []
+    for integers, floats in (slow, kernel):
+        K = floats.shape[-1] // 2 - 2
+        ids, weights = np.array(integers)[..., 1:], np.array(floats)[..., 4 : 4 + K]
+        picks.append(Picks(ids.reshape(-1, K), weights.reshape(-1, K)))
+    return difference(*picks)
 
 
 def merged(outs: Sequence[StepOutput]) -> StepOutput:
