@@ -23,10 +23,11 @@ from moescope.engine.decoder import (
     DecoderSpec,
 )
 from moescope.engine.interpreter import Draw, Router, StepOutput
-from moescope.engine.mlx_forward import Forward, States
+from moescope.engine.mlx_forward import Forward
 from moescope.engine.mlx_limits import refuse_unsupported
 from moescope.engine.mlx_operators import record as records
 from moescope.engine.mlx_policies import InForce, in_force
+from moescope.engine.mlx_states import LaneStates, States
 from moescope.engine.rewind import Past
 from moescope.engine.steps import K_LIMIT, Policies
 from moescope.errors import ExitCode, MoescopeError
@@ -37,7 +38,6 @@ from moescope.trace.frames import RecordLevel
 
 SEEN = 128  # rows of the caches a step looks at: this, or a power of two times it
 KEPT_STEPS = 64  # compiled steps, one for each set of shapes
-Rows = Sequence[Sequence[mx.array | None]]  # of one lane
 Step = Callable[[mx.array, mx.array, mx.array, States], tuple[list[mx.array], States]]
 
 
@@ -55,6 +55,7 @@ class MLXDecoder:
         self, spec: DecoderSpec, weights: ops.Weights, *, dtype: str, compiled: bool | None = None
     ) -> None:
         refuse_unsupported(spec)
+        _keep_in_memory()
         self._thread = threading.get_ident()
         self.spec, self.dtype = spec, dtype
         self.vocab_size = spec.vocab_size
@@ -65,14 +66,7 @@ class MLXDecoder:
             compiled = mx.metal.is_available() or os.environ.get("MOESCOPE_MLX_COMPILE") == "1"
         self.compiled = compiled and compiles()
         self.forward = Forward(spec, weights, self.routers, dtype)
-        self._operators = self.forward.operators
-        self._states: States = [[] for _ in self._operators]
-        self._rewritten = [
-            (number, place)
-            for number, run in enumerate(self._operators)
-            for place, held in enumerate(run.state(1, 1))
-            if not held.per_token
-        ]  # arrays of state, by operator, that a lane cannot go back in
+        self._states = LaneStates(self.forward.operators)
         self._lanes = self._capacity = 0
         self._lengths: list[int] = []
         self._pasts: list[Past] = []  # of lanes, where state is rewritten
@@ -97,12 +91,7 @@ class MLXDecoder:
         if (lanes, capacity) == (self._lanes, self._capacity):
             return
         try:
-            held = [run.state(lanes, capacity) for run in self._operators]
-            self._states = [
-                [_grown(old[place : place + 1], kind) for place, kind in enumerate(kinds)]
-                for old, kinds in zip(self._states, held, strict=True)
-            ]
-            mx.eval(self._states)
+            self._states.grow(lanes, capacity)
         except (RuntimeError, MemoryError) as error:
             size = self.cache_bytes(lanes, capacity) / 1e9
             raise MoescopeError(
@@ -156,7 +145,7 @@ class MLXDecoder:
         """Forget everything from `length` on."""
         self._here()
         assert 0 <= length <= self._lengths[lane]
-        if self._rewritten and length < self._lengths[lane]:
+        if self._states.rewritten and length < self._lengths[lane]:
             self._rewind(lane, length)
         self._lengths[lane] = length
 
@@ -165,43 +154,24 @@ class MLXDecoder:
         self._here()
         assert 0 <= length <= self._lengths[source]
         if source != target:
-            rows = [[array[source] for array in arrays] for arrays in self._states]
-            self._write(target, rows)
+            self._states.copy(source, target)
             self._lengths[target] = self._lengths[source]
             self._pasts[target] = self._pasts[source].copied(self._lengths[source])
         self.truncate(target, length)
-
-    def _write(self, lane: int, rows: Rows) -> None:
-        """Give `lane` these rows of every array of state; None: leave what it has."""
-        states, self._states = self._states, []
-        for arrays, new in zip(states, rows, strict=True):
-            for place, row in enumerate(new):
-                if row is not None:
-                    arrays[place] = mx.slice_update(
-                        arrays[place], row[None], mx.array([lane]), (0,)
-                    )
-        mx.eval(states)
-        self._states = states
 
     def _remember(self, lane: int, ids: list[int]) -> None:
         """What a lane was fed, and now and then what its operators hold."""
         past = self._pasts[lane]
         past.fed(ids, self._policies.specs[lane])
         if past.wants_snapshot(len(ids)):
-            saved = [self._states[number][place][lane] + 0 for number, place in self._rewritten]
-            mx.eval(saved)
+            saved = self._states.save(lane)
             past.save(saved, sum(array.nbytes for array in saved))
 
     def _rewind(self, lane: int, length: int) -> None:
         """Restore the nearest snapshot, and feed again what came after it."""
         past = self._pasts[lane]
         start = past.nearest(length)
-        rows: list[list[mx.array | None]] = [[None] * len(arrays) for arrays in self._states]
-        for at, (number, place) in enumerate(self._rewritten):
-            held = self._states[number][place]
-            fresh = mx.zeros(held.shape[1:], held.dtype)
-            rows[number][place] = past.snapshots[start][at] if start else fresh
-        self._write(lane, rows)
+        self._states.restore(lane, past.snapshots[start] if start else None)
         self._lengths[lane] = start
         now = self._policies.specs[lane]
         for ids, specs in past.spans(start, length):
@@ -215,7 +185,7 @@ class MLXDecoder:
 
     def cache_bytes(self, lanes: int, capacity: int) -> int:
         """Bytes of state `open` would allocate."""
-        return sum(held.nbytes for run in self._operators for held in run.state(lanes, capacity))
+        return self._states.bytes_of(lanes, capacity)
 
     def use_slow_router(self, on: bool) -> None:
         """From the next call on, plain operators route, and the Metal kernel beside them."""
@@ -257,7 +227,7 @@ class MLXDecoder:
             mx.clear_cache()
         for lane, row in zip(lanes, ids, strict=True):
             self._lengths[lane] += ids.shape[1]
-            if self._rewritten:
+            if self._states.rewritten:
                 self._remember(lane, row.tolist())
         return out
 
@@ -284,13 +254,13 @@ class MLXDecoder:
         static, inputs = self._prepared(lanes, ids, policies, all_logits, record == "logits")
         step = self._step(static)
         # The caches are handed over, so that they are written to where they lie.
-        states, self._states = self._states, []
+        states = self._states.taken()
         try:
             whole, states = step(*inputs, states)
         finally:
-            self._states = states
+            self._states.held = states
             del states
-        mx.eval(whole, self._states)
+        mx.eval(whole, self._states.held)
         if static.slow_router:
             *whole, integers, floats = whole
             self._apart += records.apart(whole[1:3], (integers, floats))
@@ -354,18 +324,21 @@ class MLXDecoder:
         return found
 
 
-def _grown(old: list[mx.array], held: ops.Held) -> mx.array:
-    """Zeros of the wanted shape, holding what there was."""
-    new = mx.zeros(held.shape, held.dtype)
-    return mx.slice_update(new, old[0], mx.array([0]), (0,)) if old else new
-
-
 def _bucket(needed: int, capacity: int) -> int:
     """How many rows of the caches to look at, so that few lengths have a step of their own."""
     seen = SEEN
     while seen < needed:
         seen *= 2
     return min(seen, capacity)
+
+
+def _keep_in_memory() -> None:
+    """Let macOS not page out what the GPU uses, as far as Metal recommends: between two tokens of a
+    large model it otherwise may."""
+    if mx.metal.is_available():
+        most = mx.device_info().get("max_recommended_working_set_size")
+        if most is not None:
+            mx.set_wired_limit(int(most))
 
 
 @cache

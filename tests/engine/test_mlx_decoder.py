@@ -280,6 +280,21 @@ def test_what_a_step_looks_at_changes_nothing(folder: Path) -> None:
         assert np.abs(found - wanted[at]).max() < 5e-5
 
 
+def test_caches_are_written_to_where_they_lie(folder: Path) -> None:
+    """A call needs less memory than a copy of one layer's keys would."""
+    import mlx.core as mx
+
+    model = fresh(folder, lanes=2, room=16384)
+    one = model._states.held[0][0].nbytes
+    for lanes, tokens in (([0], 1), ([0, 1], 1), ([1], 8)):
+        for _ in range(2):  # of the first, some things are kept
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            model.run(lanes, IDS[: len(lanes), :tokens])
+            taken = mx.get_peak_memory() - before
+        assert taken < one, (lanes, tokens, taken, one)
+
+
 # --- policies and shadows -----------------------------------------------------------------------
 
 
@@ -483,10 +498,10 @@ def test_every_familys_step_can_be_written_down(case: Any, folder: Path) -> None
     model = on_mlx(checkpoint_of(case, folder), lanes=2)
     policies = model._policies_of((0, 1))
     static, inputs = model._prepared((0, 1), IDS[:2, :1], policies, False, True)
-    whole, states = mx.compile(partial(model.forward, static))(*inputs, model._states)
+    whole, states = mx.compile(partial(model.forward, static))(*inputs, model._states.held)
     L = len(model.routers)
     assert whole[0].shape == (2, VOCAB) and [a.shape[:2] for a in whole[1:]] == [(L, 2)] * 3
-    for arrays, held in zip(states, model._states, strict=True):
+    for arrays, held in zip(states, model._states.held, strict=True):
         assert [a.shape for a in arrays] == [a.shape for a in held]
 
 
@@ -614,7 +629,7 @@ def test_nothing_of_mlx_leaves(folder: Path) -> None:
 
 def test_cache_bytes_are_what_open_allocates(folder: Path) -> None:
     model = fresh(folder, lanes=3)
-    held = sum(array.nbytes for arrays in model._states for array in arrays)
+    held = sum(array.nbytes for arrays in model._states.held for array in arrays)
     assert model.cache_bytes(3, model._capacity) == held
 
 
