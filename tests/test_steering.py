@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moescope import steering
 from moescope.engine.torch_steering import steered
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels import route
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
-from moescope.steering import Steering, canonical, of_routers, parse, split
+from moescope.variants import steering
+from moescope.variants.steering import Steering, canonical, of_routers, parse, split
 
 E = 8
 

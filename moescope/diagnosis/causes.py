@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from moescope.kernels import route
 from moescope.kernels.spec import RouterSpec
-from moescope.steering import split
 from moescope.trace.frames import Frame
 from moescope.variants import parse
+from moescope.variants.steering import split
 
 CAUSES = ("gate", "input", "either", "together")
 TITLES = {

@@ -17,8 +17,8 @@ from moescope.engine.interpreter import StepOutput
 from moescope.engine.lane import policies_of, refuse_rewiring, steering_of
 from moescope.engine.prompts import check_ids
 from moescope.engine.sampling import Expectation, expectations
-from moescope.steering import split
 from moescope.trace.frames import RecordLevel
+from moescope.variants.steering import split
 
 CHUNK = 128  # tokens of a prompt fed at once
 LOGITS_BYTES = 96 << 20  # next-token logits of one chunk

@@ -150,7 +150,8 @@ class Lane:
 
 def policies_of(expression: str, routers: Sequence[Router], dtype: str) -> tuple[RouterPolicy, ...]:
     """The policy of each router under `expression`, its wiring and what it steers left aside."""
-    from moescope import steering, variants
+    from moescope import variants
+    from moescope.variants import steering
 
     edits = variants.parse(steering.split(expression)[0])
     for group in edits.groups:
@@ -175,7 +176,8 @@ def steering_of(
     Raises MoescopeError: USAGE for what a router cannot be told, RESOURCES for an interpreter that
     cannot be steered.
     """
-    from moescope import steering, variants
+    from moescope import variants
+    from moescope.variants import steering
 
     variant, items = steering.split(expression)
     if not items:
@@ -198,7 +200,8 @@ def steering_of(
 
 def refuse_rewiring(expression: str) -> None:
     """Raise for an expression that edits more than policies, where logits alone are looked at."""
-    from moescope import steering, variants
+    from moescope import variants
+    from moescope.variants import steering
 
     variant, steered = steering.split(expression)
     if steered:

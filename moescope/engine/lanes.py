@@ -123,7 +123,7 @@ class Lanes:
         return self.lanes[index]
 
     def _policies(self, expression: str) -> tuple[str, tuple[RouterPolicy, ...]]:
-        from moescope import steering
+        from moescope.variants import steering
 
         expression = steering.canonical(expression)
         routers, dtype = self.interpreter.routers, self.interpreter.dtype
@@ -151,7 +151,8 @@ class Lanes:
 
     def _route(self, index: int, expression: str, policies: Sequence[RouterPolicy]) -> None:
         """Put a lane under a variant; one that edits more than policies rebuilds the step."""
-        from moescope import steering, variants
+        from moescope import variants
+        from moescope.variants import steering
 
         variant, steered = steering.split(expression)
         if variants.parse(variant).rebuilds and not hasattr(self.interpreter, "set_wiring"):

@@ -1,4 +1,4 @@
-"""Executing steering (`moescope.steering`) in the torch interpreter, lane by lane.
+"""Executing steering (`moescope.variants.steering`) in the torch interpreter, lane by lane.
 
 An intervention in every router (`Call.intervene`): rows of a steered lane are routed again from the
 logits that the gate gave, with a bias on the choice, and their weights are then scaled or left out.
@@ -15,7 +15,7 @@ from torch import Tensor
 from moescope.engine.lane import Steered
 from moescope.kernels.spec import RouterSpec, Routing
 from moescope.kernels.torch_ops import route_torch
-from moescope.steering import Steering
+from moescope.variants.steering import Steering
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROWS = ("expert_ids", "scores", "weights")  # [R, K]; the others are [R]

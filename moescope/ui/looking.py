@@ -75,8 +75,8 @@ class Looking:
     def _decide(self, lane: Lane, row: int, table: RouterTable) -> Decision:
         if self.shown is None:
             return routers.as_generated(table, lane, row)
-        from moescope.steering import split
         from moescope.variants import parse
+        from moescope.variants.steering import split
 
         assert self.watch.history is not None
         variant, steered = split(self.shown)
@@ -220,7 +220,7 @@ class Looking:
         """Put an expression on the bar; returns what is wrong with it, "" when it stands."""
         if self.table is None:
             return "nothing is loaded"
-        from moescope.steering import canonical
+        from moescope.variants.steering import canonical
 
         try:
             expression = canonical(expression)
@@ -238,7 +238,7 @@ class Looking:
         """What is wrong with a lane expression, steering included; "" when a lane can run it."""
         if self.table is None:
             return "nothing is loaded"
-        from moescope.steering import canonical, of_routers, split
+        from moescope.variants.steering import canonical, of_routers, split
 
         try:
             specs = routers.specs_under(self.table, canonical(expression))
@@ -254,7 +254,7 @@ class Looking:
 
     def lettered(self) -> tuple[tuple[str, str], ...]:
         """(letter, expression) of the variants the lane does not generate under."""
-        from moescope.steering import split
+        from moescope.variants.steering import split
 
         wanted = {name for name in self.others() if not split(name)[1]}
         pairs = zip(view.LETTERS, self.watch.variants, strict=False)

@@ -111,8 +111,8 @@ def specs_under(table: RouterTable, expression: str) -> tuple[RouterSpec, ...]:
     """The routers under a variant expression; raises MoescopeError where it does not apply."""
     held = table.respecs.get(expression)
     if held is None:
-        from moescope.steering import split
         from moescope.variants import apply
+        from moescope.variants.steering import split
 
         variant = split(expression)[0]  # what is steered happens beside the spec
         held = tuple(

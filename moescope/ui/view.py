@@ -280,8 +280,8 @@ def variant_bar(
 
 def variant_title(table: RouterTable, expression: str, specs: tuple[RouterSpec, ...]) -> str:
     """A name people can read: the catalogue's title, with the router in words for `trained`."""
-    from moescope.steering import split
     from moescope.variants import title
+    from moescope.variants.steering import split
 
     if expression == routers.TRAINED:
         return f"trained  {specs[0].line()}" if specs else "trained"
