@@ -74,6 +74,7 @@ V3 = {
 }
 BASES = {
     "olmoe": spec_of(64, 8),
+    "top_1": spec_of(24, 1),
     "gpt_oss": spec_of(32, 4, score_order="topk_then_score", correction_bias="logit"),
     "deepseek_v2": spec_of(96, 6, n_group=8, topk_group=3, group_score="max", scale_power=1),
     "deepseek_v3": spec_of(64, 8, **V3),
@@ -81,9 +82,16 @@ BASES = {
     "sqrtsoftplus": spec_of(48, 6, scoring_func="sqrtsoftplus", norm_topk_prob=True),
     "phimoe": spec_of(16, 2, scoring_func="sparsemixer", router_jitter_noise=0.01),
 }
-GATE = {"router_quantised"}  # before the logits: nothing of it is the router's
+# before the logits: nothing of it is the router's
+GATE = {name for name, variant in CATALOGUE.items() if "gate_quant_bits" in variant.policy}
+# what a row of numbers can say; the rest of the catalogue rewires the decoder around a router
+POLICIES = [
+    name
+    for name, variant in CATALOGUE.items()
+    if not (variant.wiring or variant.decoder) and variant.seen != "none"
+]
 PAIRS = [
-    (base, name) for base, spec in BASES.items() for name in CATALOGUE if applicable(name, spec)
+    (base, name) for base, spec in BASES.items() for name in POLICIES if applicable(name, spec)
 ]
 
 
@@ -97,8 +105,8 @@ def telling_rows(E: int) -> tuple[np.ndarray, np.ndarray]:
     return x, bias
 
 
-def test_every_variant_of_the_catalogue_is_tried() -> None:
-    assert {name for _, name in PAIRS} == set(CATALOGUE)
+def test_every_policy_of_the_catalogue_is_tried() -> None:
+    assert {name for _, name in PAIRS} == set(POLICIES)
 
 
 @pytest.mark.parametrize(("base", "name"), PAIRS)
@@ -111,7 +119,7 @@ def test_a_variant_is_what_the_reference_says_and_not_what_was_trained(
     expected = route(x, spec, correction_bias=bias)
     for found in everywhere(x, spec, correction_bias=bias):
         assert not compare(expected, found, spec, x, correction_bias=bias)
-    if name not in GATE | {"trained"}:
+    if name not in GATE | {"trained"} and spec.K == trained.K:
         right = route(x, trained, correction_bias=bias)
         assert compare(right, found, trained, x, correction_bias=bias)
 

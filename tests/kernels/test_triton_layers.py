@@ -91,7 +91,10 @@ def test_attention_of_one_token(name: str) -> None:
         turned = {id(spec.rope): (cos[at].unsqueeze(1), sin[at].unsqueeze(1))}
     nothing: list[Any] = []
     token = torch.zeros(0)
-    call = ops.Call(tuple(lanes), starts, 1, token, nothing, (), False, nothing, nothing, turned)
+    call = ops.Call(
+        *(tuple(lanes), starts, 1, token, torch.tensor(starts)),
+        *(nothing, (), False, nothing, nothing, turned),
+    )
     expected = twin(h, call)
 
     shape = attention_shape(spec)
