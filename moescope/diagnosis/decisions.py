@@ -43,7 +43,7 @@ class Differences:
     def error(self) -> F64:
         """The error of logits that would explain each row [T]; inf where none does."""
         with np.errstate(invalid="ignore"):
-            shift = np.nan_to_num(np.where(self.gaps < 0, -self.gaps, 0.0) / 2, nan=0.0)
+            shift = np.where(self.gaps < 0, -self.gaps, 0.0) / 2
             beyond = np.maximum(self.relative - self.step, 0.0) / self.slopes
             weight = np.where(np.isnan(self.relative), 0.0, beyond)
         most: F64 = np.maximum(shift.max(1, initial=0.0), weight.max(1, initial=0.0))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.diagnosis.decisions import weights_at
+from moescope.engine.decoder import Branch, DecoderSpec
 from moescope.engine.interpreter import Router
 from moescope.errors import ExitCode, MoescopeError
 from moescope.variants import parse
@@ -31,6 +32,18 @@ class Forced:
 
     expert_ids: NDArray[np.integer[Any]]
     weights: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What an engine computes in, where it is not what the model was loaded in: the dtype that the
+    routers' `model` stands for, in all of them or only where the weights are combined."""
+
+    dtype: str | None = None
+    combine_only: bool = False
+
+
+OURS = Engine()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,21 +70,20 @@ def emulate(
     hypothesis: str = "trained",
     *,
     force: Forced | None = None,
-    router_dtype: str | None = None,
+    engine: Engine = OURS,
     next_logits: bool = False,
 ) -> Emulation:
     """Feed `token_ids` to `model` (a `LoadedModel`) under `hypothesis`.
 
-    `router_dtype` is what the routers' `model` dtypes are taken for, where the engine that is
-    emulated ran in another dtype than the model was loaded in. Raises MoescopeError for a
-    hypothesis that means nothing here, tokens outside the vocabulary, and a device without torch.
+    Raises MoescopeError for a hypothesis that means nothing here, tokens outside the vocabulary,
+    and a device without torch.
     """
     return emulate_all(
         model,
         [token_ids],
         hypothesis,
         forced=[force],
-        router_dtype=router_dtype,
+        engine=engine,
         next_logits=next_logits,
     )[0]
 
@@ -82,13 +94,13 @@ def emulate_all(
     hypothesis: str = "trained",
     *,
     forced: Sequence[Forced | None] = (),
-    router_dtype: str | None = None,
+    engine: Engine = OURS,
     next_logits: bool = False,
     first_router: bool = False,
 ) -> list[Emulation]:
     """`emulate` of several sequences, each from its beginning. `first_router` stops after the first
     layer that has one."""
-    decoder = _built(model, hypothesis, router_dtype, first_router)
+    decoder = _built(model, hypothesis, engine, first_router)
     decoder.open(1, max(1, *(len(ids) for ids in sequences)))
     runs = _routers_of(decoder)
     routers = tuple(
@@ -105,7 +117,7 @@ def emulate_all(
     return found
 
 
-def _built(model: Any, hypothesis: str, router_dtype: str | None, first_router: bool) -> Any:
+def _built(model: Any, hypothesis: str, engine: Engine, first_router: bool) -> Any:
     base = model.interpreter
     if not hasattr(base, "operators"):
         raise MoescopeError(
@@ -113,13 +125,39 @@ def _built(model: Any, hypothesis: str, router_dtype: str | None, first_router: 
             hint="--device cpu, with torch installed",
             code=ExitCode.RESOURCES,
         )
-    from moescope.engine import families, rewire
+    from moescope.engine import rewire
 
-    spec = None
-    if router_dtype is not None and router_dtype != base.dtype:
-        spec = families.resolved(families.build(model.checkpoint.config), router_dtype)
     layers = 1 + base.routers[0].layer if first_router else 0
+    spec = spec_in(model, engine)
     return rewire.rewired(base, parse(hypothesis), spec=spec, layers=layers)
+
+
+def spec_in(model: Any, engine: Engine) -> DecoderSpec | None:
+    """The model's spec with the dtypes of an engine; None: as it was loaded."""
+    from moescope.engine import families
+
+    loaded: DecoderSpec = model.interpreter.spec
+    if engine.dtype in (None, model.interpreter.dtype):
+        return None
+    built = families.build(model.checkpoint.config)
+    assert engine.dtype is not None
+    spec = families.resolved(built, engine.dtype)
+    if not engine.combine_only:
+        return spec
+    combined = {(layer, name): r.wiring.combine_dtype for layer, name, r in spec.routers()}
+
+    def of(layer: int, branch: Branch) -> Branch:
+        operator: Any = branch.operator
+        if (layer, branch.name) not in combined:
+            return branch
+        router = operator.router.with_wiring(combine_dtype=combined[layer, branch.name])
+        return replace(branch, operator=replace(operator, router=router))
+
+    layers = tuple(
+        replace(layer, branches=tuple(of(number, branch) for branch in layer.branches))
+        for number, layer in enumerate(loaded.layers)
+    )
+    return replace(loaded, layers=layers)
 
 
 def _routers_of(decoder: Any) -> list[Any]:

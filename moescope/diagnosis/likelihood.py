@@ -20,7 +20,7 @@ from moescope.diagnosis.decisions import Differences
 from moescope.kernels.reference import F64
 
 SMALLEST = 3e-6  # logits: float32 arithmetic in another order
-SCALES = np.logspace(-6, 1, 43)
+SCALES = np.logspace(-6, 1, 22)
 LOGISTIC = 1.2  # a normal error of scale s on both sides
 OUTLIERS = 1e-5  # of comparisons: what cannot be explained costs log of half of it
 ROUNDING = 1e-5  # relative: recorded weights are taken for no better than this

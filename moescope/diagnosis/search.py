@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moescope.diagnosis import counts, hypotheses
 from moescope.diagnosis.decisions import Differences, differences, weights_at
-from moescope.diagnosis.emulate import Emulation, Forced, emulate_all
+from moescope.diagnosis.emulate import OURS, Emulation, Engine, Forced, emulate_all, spec_in
 from moescope.diagnosis.evidence import Evidence
 from moescope.diagnosis.hypotheses import TRAINED, Hypothesis
 from moescope.diagnosis.likelihood import SMALLEST, Fit, fit
@@ -29,7 +29,11 @@ from moescope.variants import apply
 FEW = 64  # tokens of the first look, and of pairs
 BEST = 10  # singles that pairs are made of
 KEPT = 30.0  # nats behind the best after which nobody comes back
-EXACT = 1e-4  # a scale of noise below which the engine computed in float32
+# the least and the most noise, in logits, for which a dtype of the engine is considered
+NOISE_OF = {"float32": (0.0, 10.0), "float16": (1e-4, 5e-3), "bfloat16": (3e-4, 10.0)}
+MOST = 0.15  # of the spread of a row's logits: no engine is that far off
+FAIR = 8.0  # nats that the trained router may be behind and still decide what is not told
+FLOORS = {"float32": SMALLEST, "float16": 1e-4, "bfloat16": 1e-3}  # noise, in logits, at least
 Data = tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]  # ids, weights, sums
 Watch = Callable[[str, int, int], None]  # what is done, of how many
 
@@ -65,8 +69,8 @@ class Case:
 
     model: Any
     evidence: Evidence
-    ordered: bool
-    router_dtype: str | None  # what the engine's routers computed in, where it is not ours
+    ordered: bool = True
+    engine: Engine = OURS
 
     @property
     def data(self) -> Data:
@@ -96,7 +100,7 @@ class Case:
             [one.token_ids.tolist() for one in sequences],
             hypothesis.expression,
             forced=forced,
-            router_dtype=self.router_dtype,
+            engine=self.engine,
             first_router=first_router,
         )
         return _joined(hypothesis, runs)
@@ -135,7 +139,13 @@ class Case:
             made = replace(made, relative=off, slopes=np.ones(off.shape))
         return made
 
-    def fitted(self, found: Predicted, floor: Any = SMALLEST, data: Data | None = None) -> Fit:
+    @property
+    def floor(self) -> float:
+        """The smallest noise that the engine's dtype allows."""
+        return FLOORS[self.engine.dtype or "float32"]
+
+    def fitted(self, found: Predicted, floor: Any = 0.0, data: Data | None = None) -> Fit:
+        floor = np.maximum(floor, self.floor)
         if self.evidence.counts is not None:
             return counts.fit(found, self.evidence.counts if data is None else data[0], floor)
         return fit(self.compared(found, data), floor)
@@ -145,7 +155,8 @@ class Case:
         if self.evidence.counts is not None:
             return counts.of(found, self.evidence.counts.shape[1]), None, None
         ids, weights, sums = self.data
-        recorded = np.asarray((ids >= 0).any(2))
+        routers = found.expert_ids.shape[1]
+        recorded = np.asarray((ids >= 0).any(2))[:, :routers]
         mine: NDArray[Any] = np.where(recorded[:, :, None], found.expert_ids, -1)
         return (
             mine,
@@ -189,21 +200,28 @@ def _joined(hypothesis: Hypothesis, runs: Sequence[Emulation]) -> Predicted:
 # --- the first router -----------------------------------------------------------------------------
 
 
-def first_router(case: Case, tried: Sequence[Hypothesis]) -> list[Candidate]:
+Held = dict[tuple[str, Engine], Predicted]  # emulations of the first router
+
+
+def first_router(
+    case: Case, tried: Sequence[Hypothesis], held: Held | None = None
+) -> list[Candidate]:
     """Nats of each hypothesis on the first router alone. Only those that change what its logits are
-    made of are run."""
-    trained = case.predicted(TRAINED, first_router=True)
-    router = trained.routers[0]
+    made of are run, and those once for all that only combine differently (`held`)."""
+    held = {} if held is None else held
+    bare = replace(case, engine=OURS) if case.engine.combine_only else case
+    decoder = spec_in(case.model, case.engine) or case.model.interpreter.spec
+    spec = decoder.routers()[0][2]
     found = []
-    for hypothesis in tried:
-        if hypothesis.changes_logits(router.spec, router.layer):
-            predicted = case.predicted(hypothesis, first_router=True)
-        else:
-            spec = apply(hypothesis.edits, router.spec, router.layer)
-            predicted = replace(
-                trained, hypothesis=hypothesis, routers=(replace(router, spec=spec),)
-            )
-        found.append(Candidate(hypothesis, case.fitted(_first(predicted))))
+    for hypothesis in (TRAINED, *(h for h in tried if h is not TRAINED)):
+        layer = decoder.routers()[0][0]
+        runs = hypothesis if hypothesis.changes_logits(spec, layer) else TRAINED
+        key = (runs.expression, bare.engine)
+        if key not in held:
+            held[key] = _first(bare.predicted(runs, first_router=True))
+        router = replace(held[key].routers[0], spec=apply(hypothesis.edits, spec, layer))
+        predicted = replace(held[key], hypothesis=hypothesis, routers=(router,))
+        found.append(Candidate(hypothesis, case.fitted(predicted)))
     return found
 
 
@@ -212,26 +230,72 @@ def _first(predicted: Predicted) -> Predicted:
     return replace(predicted, routers=predicted.routers[:1], logits=predicted.logits[:, :1])
 
 
-def settle(model: Any, evidence: Evidence, tried: Sequence[Hypothesis]) -> tuple[Case, Any]:
-    """The case, with what no field tells: whether ids are in rank order, and the dtype that the
-    engine's routers computed in. Each is taken as the best hypothesis fits best with it."""
-    ours = model.interpreter.dtype
-    told = evidence.dtype
-    dtypes = [told] if told else [ours, *(d for d in ("bfloat16", "float16") if d != ours)]
+def settle(
+    model: Any, evidence: Evidence, tried: Sequence[Hypothesis]
+) -> tuple[Case, list[Candidate]]:
+    """The case, with what no field tells: whether ids are in rank order, and what the engine
+    computed in. Of what leaves no more noise than an engine makes, it is what lets the trained
+    router fit as well as anything fits; else what the best hypothesis fits best with."""
     orders = (True, False) if evidence.ordered is None else (evidence.ordered,)
-    best: tuple[float, Case, list[Candidate], float] | None = None
-    for dtype in dtypes:
+    settings: list[Setting] = []
+    held: Held = {}
+    for engine in engines(model.interpreter.dtype, evidence.dtype):
+        noise = max(settings, key=lambda s: s.best).noise if settings else 1.0
+        if settings and not _may_be(engine, noise):
+            continue
         for ordered in orders:
-            case = Case(model, evidence, ordered, None if dtype == ours else dtype)
-            found = first_router(case, tried)
-            chance = 0.0 if ordered else _chance_of_orders(case)
-            top = max(found, key=lambda candidate: candidate.nats)
-            if best is None or top.nats + chance > best[0] + 1e-6:
-                best = (top.nats + chance, case, found, float(top.fit.scale[0]))
-        if best is not None and best[3] < EXACT:
-            break
-    assert best is not None
-    return best[1], best[2]
+            case = Case(model, evidence, ordered, engine)
+            found = first_router(case, tried, held)
+            logits = next(iter(held.values())).logits
+            settings.append(Setting.of(case, found, logits))
+    likely = [s for s in settings if s.noise <= MOST * spread(s.trained_logits)] or settings
+    top = max(setting.best for setting in likely)
+    fair = [s for s in likely if s.trained >= top - FAIR]
+    chosen = max(fair, key=lambda s: s.trained) if fair else max(likely, key=lambda s: s.best)
+    return chosen.case, chosen.found
+
+
+def spread(logits: NDArray[Any]) -> F64:
+    """[L]: how far the logits [N, L, E] of a row lie apart: the median standard deviation."""
+    wide = logits.astype(np.float64)
+    with np.errstate(all="ignore"):
+        deviations = np.nanstd(np.where(np.isfinite(wide), wide, np.nan), axis=2)
+        found: F64 = np.nan_to_num(np.nanmedian(deviations, axis=0), nan=1.0)
+    return found
+
+
+def _may_be(engine: Engine, noise: float) -> bool:
+    """Whether noise of this scale is what the dtype of an engine leaves."""
+    least, most = NOISE_OF[engine.dtype or "float32"]
+    return least <= noise <= most
+
+
+def engines(ours: str, told: str | None) -> list[Engine]:
+    """What an engine may have computed in; ours first."""
+    named = [told] if told else ["bfloat16", "float16"]
+    others = [dtype for dtype in named if dtype != ours]
+    both = [Engine(dtype, only) for dtype in others for only in (True, False)]
+    return both if told and others else [OURS, *both]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Setting:
+    """A case that is tried, in nats: what the best hypothesis and what the trained one reach."""
+
+    case: Case
+    found: list[Candidate]
+    best: float
+    trained: float
+    noise: float
+    trained_logits: NDArray[np.float32]  # of the first router
+
+    @classmethod
+    def of(cls, case: Case, found: list[Candidate], logits: NDArray[np.float32]) -> Setting:
+        chance = 0.0 if case.ordered else _chance_of_orders(case)
+        best = max(found, key=lambda candidate: candidate.nats)
+        trained = next(c for c in found if c.hypothesis is TRAINED)
+        noise = float(best.fit.scale[0])
+        return cls(case, found, best.nats + chance, trained.nats + chance, noise, logits)
 
 
 def _chance_of_orders(case: Case) -> float:

@@ -8,7 +8,7 @@ within the noise of this trace.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.diagnosis import counts, hypotheses, search
+from moescope.diagnosis.emulate import OURS
 from moescope.diagnosis.evidence import Evidence, Level
 from moescope.diagnosis.hypotheses import TRAINED, Hypothesis
 from moescope.diagnosis.likelihood import SMALLEST
@@ -25,11 +26,11 @@ MARGIN = 8.0  # nats: e^8 to 1, of some sixty hypotheses
 ALIKE = 3 * MARGIN  # nats between two predictions that a trace may fail to tell apart
 NOISE = 8.0  # scales of noise within which a row is explained
 LEAST = 2e-5  # logits: what float32 arithmetic in another order may differ by
-MOST = 0.15  # of the spread of a row's logits: no engine is that far off
 EXPLAINED = 0.9  # of the first router's rows
 EXPLAINED_ALL = 0.75  # of all rows
 EXPLAINED_COUNTS = 0.95
 RUNNERS_UP = 3
+HELD_BYTES = 256 << 20  # of emulated logits
 
 Kind = Literal["trained", "fault", "none"]
 
@@ -87,12 +88,12 @@ def diagnose(
     case, firsts = search.settle(model, evidence, tried)
     ranked = search.through_the_model(case, search.survivors(firsts), watch)
     trained = case.predicted(TRAINED)
-    judge = _Judge(case, trained, ranked)
+    judge = _Judge(case, trained, ranked, tried)
     if not judge.holds(ranked[0]):
         order = sorted(firsts, key=lambda c: -c.nats)
         more = search.best_pairs(case, _for_pairs(ranked, order), watch)
         ranked = sorted([*ranked, *more], key=lambda c: -c.nats)
-        judge = _Judge(case, trained, ranked)
+        judge = _Judge(case, trained, ranked, tried)
     return judge.decided()
 
 
@@ -108,8 +109,14 @@ def _for_pairs(ranked: Sequence[Candidate], firsts: Sequence[Candidate]) -> list
 class _Judge:
     """The candidates of one case, best first, and what they explain."""
 
-    def __init__(self, case: Case, trained: Predicted, ranked: Sequence[Candidate]) -> None:
-        self.case, self.trained, self.ranked = case, trained, list(ranked)
+    def __init__(
+        self,
+        case: Case,
+        trained: Predicted,
+        ranked: Sequence[Candidate],
+        tried: Sequence[Hypothesis],
+    ) -> None:
+        self.case, self.trained, self.ranked, self.tried = case, trained, list(ranked), tried
         self.best = self.ranked[0]
         self.as_trained = next(c for c in self.ranked if c.hypothesis is TRAINED)
         self.tolerance = self._tolerance()
@@ -118,12 +125,9 @@ class _Judge:
 
     def _tolerance(self) -> NDArray[np.float64]:
         """[L] in logits: the error within which a row counts as explained."""
-        logits = self.trained.logits.astype(np.float64)
-        with np.errstate(all="ignore"):
-            logits = np.where(np.isfinite(logits), logits, np.nan)
-            spread = np.nan_to_num(np.nanmedian(np.nanstd(logits, axis=2), axis=0), nan=1.0)
+        most = search.MOST * search.spread(self.trained.logits)
         tolerance: NDArray[np.float64] = np.maximum(
-            np.minimum(NOISE * self.best.fit.scale, MOST * spread), LEAST
+            np.minimum(NOISE * self.best.fit.scale, most), LEAST
         )
         return tolerance
 
@@ -131,7 +135,7 @@ class _Judge:
         held = self._predicted.get(candidate.hypothesis)
         if held is None:
             held = self.case.predicted(candidate.hypothesis)
-            if len(self._predicted) < 4:
+            if (len(self._predicted) + 1) * held.logits.nbytes < HELD_BYTES:
                 self._predicted[candidate.hypothesis] = held
         return held
 
@@ -213,7 +217,29 @@ class _Judge:
             and chosen.nats - c.nats <= MARGIN
         ]
         floor = chosen.fit.scale
-        return [c for c in close if self.case.apart(mine, self.predicted(c), floor) <= ALIKE]
+        found = [c for c in close if self.case.apart(mine, self.predicted(c), floor) <= ALIKE]
+        if chosen is self.as_trained:
+            found += self._nothing_new({c.hypothesis for c in found})
+        return found
+
+    def _nothing_new(self, known: Container[Hypothesis]) -> list[Candidate]:
+        """Faults that are no fault in an engine of this dtype: rounding what is rounded anyway.
+        Checked by emulating it on the first router, in that dtype throughout."""
+        engine = replace(self.case.engine, combine_only=False)
+        case = replace(self.case, engine=engine)
+        if engine.dtype is None:
+            return []
+        trained = case.predicted(TRAINED, first_router=True)
+        floor = self.as_trained.fit.scale[: len(trained.routers)]
+        found = []
+        for hypothesis in self.tried:
+            if hypothesis in known or hypothesis is TRAINED:
+                continue
+            if hypothesis.rounds_in_vain(trained.routers):
+                other = case.predicted(hypothesis, first_router=True)
+                if case.apart(trained, other, floor) <= MARGIN:
+                    found.append(Candidate(hypothesis, self.as_trained.fit))
+        return found
 
     def _runner_up(self, candidate: Candidate, chosen: Candidate) -> RunnerUp:
         name = candidate.hypothesis.expression
@@ -227,6 +253,7 @@ class _Judge:
         rich = replace(self.case, ordered=True, evidence=replace(self.case.evidence, counts=None))
         for words, weighed, floor in self._richer(chosen.fit.scale):
             data = (mine.expert_ids, mine.weights if weighed else None, None)
+            rich = replace(rich, engine=OURS if floor is SMALLEST else self.case.engine)
             whole = rich.fitted(mine, floor, data).total
             if all(whole - rich.fitted(other, floor, data).total > MARGIN for other in members):
                 return words
