@@ -71,19 +71,23 @@ def tiny_config(family: str, **overrides: Any) -> Any:
 
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     """A float32 transformers model in eval mode; `overrides` are config fields."""
+    model = _model(family, tiny_config(family, **overrides))
+    fill(model, family, seed)
+    return model
+
+
+def fill(model: Any, family: str, seed: int) -> None:
+    """Random numbers in every tensor, as this family needs them."""
     import torch
 
-    config = tiny_config(family, **overrides)
-    model = _model(family, config)
+    tied = model.config.tie_word_embeddings
     special = INIT.get(family, lambda name, tensor, noise: None)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in _learned(model):
             noise = torch.randn(tensor.shape, generator=generator)
             given = special(name, tensor, noise)
-            tied = config.tie_word_embeddings
             tensor.copy_(_usual(name, tensor, noise, tied) if given is None else given)
-    return model
 
 
 def _model(family: str, config: Any) -> Any:

@@ -19,22 +19,30 @@ _DEPTH = 2
 # the head of a composite model by its outermost config.
 _OF_ALL = ("tie_word_embeddings",)
 
+# Text types that are a family's of another name, and what they leave unsaid in its words. Their
+# positions have several axes; in text all are equal, which is the family's own rope.
+_SAME: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_omni_moe_text": ("qwen3_moe", {}),
+    "glm4v_moe_text": ("glm4_moe", {}),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """The config of the text model. `place` is where it stands in the file (`text_config.`), and
-    empty where the model is one of text alone; `outer` is then empty too, else the whole's type."""
+    """The config of the text model, and the family's `model_type` for it. Where it is a part of a
+    whole, `outer` is the whole's type and `named` what the text's own config calls itself."""
 
     fields: Fields
     model_type: str
-    place: str = ""
+    named: str = ""
     outer: str = ""
 
     def notes(self) -> tuple[str, ...]:
         if not self.outer:
             return ()
         return (
-            f"{single_line(self.outer, 80)}: only its text model ({self.model_type}) is loaded; "
+            f"{single_line(self.outer, 80)}: only its text model ({self.named}) is loaded; "
             "images and sound are not read",
         )
 
@@ -45,10 +53,12 @@ def text_of(config: Mapping[str, Any], supported: Container[str]) -> Text | None
     if whole in supported:
         return Text(Fields(config), whole)
     for place, inner in _parts(config, "", _DEPTH):
-        found = inner.get("model_type")
-        if isinstance(found, str) and found in supported:
-            values = {**inner, **{key: config[key] for key in _OF_ALL if key in config}}
-            return Text(Fields(values, prefix=place), found, place, whole)
+        named = inner.get("model_type")
+        found, unsaid = _SAME.get(named, (named, {})) if isinstance(named, str) else (None, {})
+        if found is not None and found in supported:
+            of_all = {key: config[key] for key in _OF_ALL if key in config}
+            values = {**inner, **unsaid, **of_all, "model_type": found}
+            return Text(Fields(values, prefix=place), found, str(named), whole)
     return None
 
 

@@ -41,6 +41,7 @@ _ELSEWHERE = (
     "*image*",
     "*multi_modal_projector.*",
     "*mm_projector.*",
+    "*patch_merge*",
     "talker.*",
     "code2wav.*",
 )
