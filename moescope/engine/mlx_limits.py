@@ -59,7 +59,8 @@ HONOURED: dict[type, str] = {
     "rotated_dims",
     Attention: "hidden heads kv_heads head_dim scale rope window chunk v_head_dim qkv_bias "
     "out_bias qk_norm kv_norm qk_norm_over qk_norm_after_rope v_norm clip_qkv sinks softcap gate "
-    "keys_are_values value_scale temperature_scale temperature_floor temperature_kind gate_bias",
+    "keys_are_values value_scale temperature_scale temperature_floor temperature_kind gate_bias "
+    "float32_scores",
     LinearAttention: "hidden kind key_heads value_heads key_dim value_dim conv_kernel out_norm "
     "out_gate gate_rank decay_floor",
     MLA: "hidden heads kv_lora_rank nope_dim rope_dim v_dim scale rope q_lora_rank latent_norm "

@@ -86,11 +86,12 @@ class CachedAttention:
     ) -> mx.array:
         """q [N, heads, T, D] over keys [N, kv heads, S, D] -> [N, heads, T, Dv]."""
         s = self.spec
-        if not s.softcap:
+        if not (s.softcap or s.float32_scores):
             return mx.fast.scaled_dot_product_attention(
                 q, keys, values, scale=s.scale, mask=mask, sinks=self.sinks
             )
-        return attend(q, keys, values, mask, s.scale, s.softcap, self.sinks)
+        wide = s.float32_scores
+        return attend(q, keys, values, mask, s.scale, s.softcap, self.sinks, wide)
 
 
 class MLXAttention(CachedAttention):
@@ -188,13 +189,18 @@ def attend(
     scale: float,
     softcap: float,
     sinks: mx.array | None,
+    wide: bool,
 ) -> mx.array:
-    """Attention in plain products, with what MLX's own has not: a softcap on the scores."""
+    """Attention in plain products, with what MLX's own has not: a softcap on the scores, and scores
+    that are not rounded to the dtype of queries and keys."""
     N, heads, T, _ = q.shape
-    groups, S = keys.shape[1], keys.shape[2]
+    groups, S, dtype = keys.shape[1], keys.shape[2], q.dtype
     q = q.reshape(N, groups, heads // groups, T, -1)
+    if wide:
+        q, keys = q.astype(mx.float32), keys.astype(mx.float32)
     scores = q @ keys[:, :, None].swapaxes(-1, -2) * scale  # [N, kv heads, G, T, S]
-    scores = mx.tanh(scores / softcap) * softcap
+    if softcap:
+        scores = mx.tanh(scores / softcap) * softcap
     if isinstance(mask, str):
         mask = mx.arange(S)[None] <= mx.arange(S - T, S)[:, None]
     else:
@@ -204,7 +210,7 @@ def attend(
         extra = sinks.astype(scores.dtype).reshape(groups, -1, 1, 1)
         extra = mx.broadcast_to(extra, (*scores.shape[:-1], 1))
         scores = mx.concatenate([scores, extra], -1)
-    shares = mx.softmax(scores, -1, precise=True)[..., :S]
+    shares = mx.softmax(scores, -1, precise=True)[..., :S].astype(dtype)
     return (shares @ values[:, :, None]).reshape(N, heads, T, -1)
 
 
