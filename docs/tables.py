@@ -1,7 +1,8 @@
 """Rewrites the generated tables of README.md and docs/ from the tables in code.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `python docs/tables.py` rewrites
-them; the test suite checks that they are up to date.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, the text of a file after
+`<!-- file: PATH -->`. `python docs/tables.py` rewrites them; the test suite checks that they are up
+to date.
 """
 
 from __future__ import annotations
@@ -9,20 +10,25 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
+    "docs/adding-a-family.md",
     "docs/balance.md",
     "docs/check.md",
+    "docs/families.md",
     "docs/keys.md",
     "docs/performance.md",
     "docs/variants.md",
 )
-BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+sys.path.insert(0, str(ROOT))  # the tests' tables
+BLOCK = re.compile(r"(<!-- (table|file): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -34,51 +40,110 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def families() -> str:
+    """Model types, as many to a line as fit."""
     from moescope.engine.families import SUPPORTED
 
-    return table(
-        ("`model_type`", "family", "router as released"),
-        ((f"`{name}`", family.title, family.released) for name, family in SUPPORTED.items()),
+    return textwrap.fill(" · ".join(f"`{name}`" for name in SUPPORTED), 118) + "\n"
+
+
+def family_table() -> str:
+    """What each family is, at the sizes of a released checkpoint."""
+    from moescope.engine.families import SUPPORTED
+
+    def row(name: str) -> tuple[str, ...]:
+        spec = _released(name)
+        routers = dict.fromkeys(router.line(wiring=True) for _, _, router in spec.routers())
+        layouts = {row["experts"] for row in _of(name, "layout")}
+        family = SUPPORTED[name]
+        cells = (" / ".join(routers), _mixers(spec), "; ".join(sorted(layouts)))
+        return (f"`{name}`", family.title, *cells)
+
+    head = ("`model_type`", "family", "router", "what mixes tokens", "layouts of the experts")
+    return table(head, map(row, SUPPORTED))
+
+
+def family_notes() -> str:
+    """What else a user should know of a family."""
+    from moescope.engine.families import SUPPORTED
+
+    return "".join(
+        f"- `{name}`: {note}.\n" for name, family in SUPPORTED.items() for note in family.notes
     )
+
+
+_SIZES = re.compile(r" \d+(×\d+)?|, (kv|latent|state) \d+")
+
+
+def _released(name: str) -> Any:
+    """The spec of a released checkpoint, else of what the config class takes for one, else of the
+    tiny checkpoint that is tested."""
+    from transformers import AutoConfig
+
+    from moescope.engine import families
+    from moescope.engine.config import parse_object
+    from moescope.errors import MoescopeError
+    from tests.families import PUBLISHED
+    from tests.oracle.matrix import BY_FAMILY, spec_of
+
+    if name in PUBLISHED:
+        return families.build(PUBLISHED[name])
+    text = AutoConfig.for_model(name).to_json_string(use_diff=False)
+    try:
+        return families.build(parse_object(text.encode(), "config.json"))
+    except MoescopeError:  # its class gives no config of which a model can be made
+        return spec_of(BY_FAMILY[name][0])
+
+
+def _mixers(spec: Any) -> str:
+    from moescope.engine.layer_words import layer_kinds
+
+    words = dict.fromkeys(_SIZES.sub("", mixers) for mixers, _ in layer_kinds(spec))
+    return " / ".join(word for word in words if word != "-")
 
 
 def conformance() -> str:
-    rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for family, results in _results():
-        for row in results:
-            rows.setdefault(family, {}).setdefault(row["kind"], []).append(row)
-    return table(
-        (
-            "family",
-            "runs of 24 tokens",
-            "largest weight difference",
-            "largest logit difference",
-            "wrong specs, all noticed",
-            "layouts, all equal",
-            "bfloat16: same sets in clear rows",
-        ),
-        (
-            (
-                f"`{family}`",
-                str(len(kinds["float32"])),
-                f"{_most(kinds['float32'], 'largest_weight_difference'):.1e}",
-                f"{_most(kinds['float32'], 'largest_logit_difference'):.1e}",
-                str(len(kinds["mutant"])),
-                str(len(kinds["layout"])),
-                f"{100 * min(row['same_sets'] for row in kinds['bfloat16']):.1f} %",
-            )
-            for family, kinds in rows.items()
-        ),
+    from moescope.engine.families import SUPPORTED
+
+    head = (
+        "`model_type`",
+        "checked against",
+        "runs of 24 tokens",
+        "largest weight difference",
+        "largest logit difference",
+        "wrong specs, all noticed",
+        "layouts, all equal",
+        "bfloat16: same sets in clear rows",
+    )
+    return table(head, map(_checked, SUPPORTED))
+
+
+def _checked(family: str) -> tuple[str, ...]:
+    from tests.families import MLX, SAME
+
+    oracle = "mlx-lm" if family in MLX else "transformers"
+    version = _results(family)["versions"][oracle]
+    runs, close = _of(family, "float32"), _of(family, "bfloat16")
+    return (
+        f"`{family}`",
+        f"{oracle} {version}" + (f" (`{SAME[family]}`)" if family in SAME else ""),
+        str(len(runs)),
+        f"{_most(runs, 'largest_weight_difference'):.1e}",
+        f"{_most(runs, 'largest_logit_difference'):.1e}",
+        str(len(_of(family, "mutant"))),
+        str(len(_of(family, "layout"))),
+        f"{100 * min(row['same_sets'] for row in close):.1f} %" if close else "",
     )
 
 
-def _results() -> Iterable[tuple[str, list[dict[str, Any]]]]:
-    """The committed rows of `make conformance`, family by family."""
-    from moescope.engine.families import SUPPORTED
+@cache
+def _results(family: str) -> dict[str, Any]:
+    """The committed results of `make conformance`."""
+    path = ROOT / f"tests/oracle/conformance/{family}.json"
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
 
-    for family in SUPPORTED:
-        path = ROOT / f"tests/oracle/conformance/{family}.json"
-        yield family, json.loads(path.read_text())["rows"]
+
+def _of(family: str, kind: str) -> list[dict[str, Any]]:
+    return [row for row in _results(family)["rows"] if row["kind"] == kind]
 
 
 def _most(rows: list[dict[str, Any]], key: str) -> float:
@@ -189,6 +254,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tolerances": tolerances,
     "cpu": cpu,
     "families": families,
+    "family_table": family_table,
+    "family_notes": family_notes,
     "conformance": conformance,
     "variants": variants,
     "keys": all_keys,
@@ -196,8 +263,17 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def listing(path: str) -> str:
+    """The text of a file of this repository."""
+    return f"```python\n{(ROOT / path).read_text()}```\n"
+
+
 def filled(text: str) -> str:
-    return BLOCK.sub(lambda m: m.group(1) + TABLES[m.group(2)]() + m.group(3), text)
+    def block(m: re.Match[str]) -> str:
+        held = TABLES[m[3]]() if m[2] == "table" else listing(m[3])
+        return f"{m[1]}{held}{m[4]}"
+
+    return BLOCK.sub(block, text)
 
 
 def main() -> None:

@@ -20,6 +20,13 @@ def test_the_tables_are_up_to_date(page: str) -> None:
     assert tables.filled(text) == text, "run: python docs/tables.py"
 
 
+def test_the_example_of_a_family_is_one_short_file() -> None:
+    """The page shows a family as it is in use, and says that such a file is under 60 lines."""
+    text = (ROOT / "docs/adding-a-family.md").read_text()
+    source = (ROOT / "moescope/engine/families/mellum.py").read_text()
+    assert source in text and len(source.splitlines()) < 60
+
+
 def test_files_named_in_the_readme_exist() -> None:
     import re
 

@@ -155,7 +155,7 @@ def test_the_refusal_says_what_is_near() -> None:
 @pytest.mark.parametrize(
     ("config", "edit", "says"),
     [
-        (OLMOE, {"hidden_act": "gelu"}, "hidden_act: expected one of silu, swish, found"),
+        (OLMOE, {"hidden_act": "tanh"}, "hidden_act: expected one of silu, swish, gelu, gelu_new"),
         (OLMOE, {"num_experts": 0}, "olmoe: no experts in config: nothing to route"),
         (OLMOE, {"num_experts": None}, "olmoe: no experts in config: nothing to route"),
         (OLMOE, {"num_experts": "64"}, 'num_experts: expected an integer 1..4096, found "64"'),

@@ -38,3 +38,24 @@ CASES = (
         },
     ),
 )
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "mellum": {
+        "model_type": "mellum",
+        "vocab_size": 98304,
+        "hidden_size": 2304,
+        "moe_intermediate_size": 896,
+        "intermediate_size": 7168,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "sliding_window": 1024,
+        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 7,
+        "rope_parameters": _ROPES,
+        "max_position_embeddings": 131072,
+    }
+}
+COUNTS = {"mellum": (12.1, 2.21)}  # 2.44 with the whole embedding

@@ -59,3 +59,35 @@ EXEMPT = {
     ("phimoe", "RopeScaling.kind"): "other kinds have no factor for every frequency",
     ("phimoe", "RopeScaling.original_context"): "lanes stay on one side of it",
 }
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "phimoe": {
+        "model_type": "phimoe",
+        "vocab_size": 32064,
+        "hidden_size": 4096,
+        "intermediate_size": 6400,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.01,
+        "input_jitter_noise": 0.01,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "sliding_window": 131072,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0] * 64,
+            "long_factor": [1.0 + n / 2 for n in range(64)],
+            "short_mscale": 1.243163121016122,
+            "long_mscale": 1.243163121016122,
+            "original_max_position_embeddings": 4096,
+        },
+        "original_max_position_embeddings": 4096,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+}
+COUNTS = {"phimoe": (41.9, 6.6)}

@@ -35,11 +35,14 @@ def results() -> Iterator[dict[str, list[dict[str, Any]]]]:
 def write_results(family: str, found: list[dict[str, Any]]) -> None:
     from importlib.metadata import version
 
+    from tests.families import MLX
+
     if os.environ.get("PYTEST_XDIST_WORKER"):
         return
     found = sorted(found, key=lambda row: (row["case"], row["kind"], row["what"]))
     lines = ",\n  ".join(json.dumps(row) for row in found)
-    used = {name: version(name) for name in ("torch", "transformers")}
+    oracle = "mlx-lm" if family in MLX else "transformers"
+    used = {name: version(name) for name in ("torch", oracle)}
     RESULTS.mkdir(exist_ok=True)
     text = f'{{"versions": {json.dumps(used)},\n "rows": [\n  {lines}\n]}}\n'
     (RESULTS / f"{family}.json").write_text(text)

@@ -153,6 +153,13 @@ def load(folder: Path, dtype: str = "float32") -> TorchDecoder:
     return model
 
 
+def load_and_layout(folder: Path) -> tuple[TorchDecoder, str]:
+    """With the title of the layout that its experts are in."""
+    model = load_model(LoadRequest(str(folder), device="cpu", dtype="float32"))
+    assert isinstance(model.interpreter, TorchDecoder)
+    return model.interpreter, str(model.facts["layout"])
+
+
 def mutated(model: TorchDecoder, weights: dict[str, torch.Tensor], mutant: Mutant) -> TorchDecoder:
     """The same weights under a wrong spec."""
     spec = mutant.edit(model.spec)

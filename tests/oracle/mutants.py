@@ -115,6 +115,13 @@ FLIPS: dict[str, dict[str, Turn]] = {
     "RoutedAttention.scale": {"larger": lambda scale: scale * 1.4},
     "RoutedAttention.rope": {"none": _to(None)},
     "RoutedAttention.output_bias": {"none": _to(False)},
+    "LinearAttention.out_gate": {"silu": _to("silu")},
+    "LinearAttention.decay_floor": {"softplus": _to(0.0)},
+    "StateSpace.inner_norms": {"none": _to(None)},
+    "StateSpace.dt_floor": {"none": _to(0.0)},
+    "StateSpace.dt_ceiling": {"none": _to(float("inf"))},
+    "StateSpace.bias": {"none": _to(False)},
+    "ShortConv.bias": {"none": _to(False)},
     "MLP.activation": {"another": _ACTIVATIONS},
     "MLP.bias": {"none": _to(False)},
     "MLP.limit": {"none": _to(0.0)},
@@ -177,6 +184,7 @@ EXEMPT: dict[str, str] = {
     "Attention.kv_norm": "goes with qk_norm",
     "Attention.float32_scores": "rounding: seen in bfloat16 only",
     "Attention.qk_norm_over": "a shape",
+    "Attention.gate": "a shape where it is in the queries' projection, else turned",
     "Attention.keys_are_values": "a shape",
     "MLA.hidden": "a shape",
     "MLA.heads": "a shape",
@@ -193,6 +201,24 @@ EXEMPT: dict[str, str] = {
     "MLP.hidden": "a shape",
     "MLP.width": "a shape",
     "MLP.glu": "a shape",
+    **{
+        f"LinearAttention.{name}": "a shape"
+        for name in ("hidden", "key_heads", "value_heads", "key_dim", "value_dim", "conv_kernel")
+    },
+    "LinearAttention.kind": "another kind holds other tensors",
+    "LinearAttention.gate_rank": "a shape",
+    "LinearAttention.out_norm": "its eps is turned",
+    **{
+        f"StateSpace.{name}": "a shape"
+        for name in ("hidden", "inner", "state_size", "conv_kernel", "heads", "head_dim")
+    },
+    "StateSpace.kind": "another kind holds other tensors",
+    "StateSpace.groups": "a shape",
+    "StateSpace.dt_rank": "a shape",
+    "StateSpace.conv_bias": "a tensor: another value does not load",
+    "StateSpace.gated_norm": "its eps is turned",
+    "ShortConv.hidden": "a shape",
+    "ShortConv.kernel": "a shape",
     "RoutedAttention.hidden": "a shape",
     "RoutedAttention.router": "holds the router",
     "RoutedAttention.kv_heads": "a shape",

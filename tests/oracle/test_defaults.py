@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import pytest
 
 from moescope.engine import families
+from moescope.engine.config import parse_object
 from moescope.engine.decoder import Attention, DecoderSpec, MoE
 from moescope.errors import MoescopeError
 from tests.families import TINY
@@ -66,7 +66,8 @@ def test_absent_fields_are_those_of_the_config_class(family: str) -> None:
 def test_silence_means_what_the_config_class_fills_in(family: str) -> None:
     """A config that says only what it must, and the same with every field spelled out."""
     said = {"model_type": family, **tiny_fields(family)}
-    spelled = json.loads(tiny_config(family).to_json_string(use_diff=False))
+    text = tiny_config(family).to_json_string(use_diff=False)
+    spelled = parse_object(text.encode(), "config.json")
     theta = spelled.get("rope_theta") or (spelled.get("rope_parameters") or {}).get("rope_theta")
     if theta and "rope_parameters" not in said:
         said["rope_theta"] = theta  # where it is not the usual one it must be said
