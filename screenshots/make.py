@@ -49,7 +49,8 @@ SHOTS = (
     Shot("main-120x40", (120, 40), 0, ("down", "down", "right")),
     Shot("main-200x60", (200, 60), 1, ("down", "right")),
     Shot("variant-120x40", (120, 40), 0, ("down", "down", "right", "v")),
-    Shot("compare-120x40", (120, 40), 1, ("c",), lanes=2, back=40),
+    Shot("compare-120x40", (120, 40), 1, ("c", "d"), lanes=2, back=40),
+    Shot("balance-120x40", (120, 40), 1, ("b", "down", "down")),
     Shot("token-120x40", (120, 40), 3, ("enter", "down", "down")),
 )
 

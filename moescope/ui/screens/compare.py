@@ -37,7 +37,7 @@ EMPTY = TranscriptData((), None, True, 0, "waiting for its first token")
 NARROW, WIDE = 104, 150  # columns from which two, and three panels stand beside each other
 LOW = 30  # rows below which texts and one panel are all there is
 PLOT_FROM = 36  # rows of a terminal that has room for the plot
-BETWEEN_ROWS = 14
+BETWEEN_ROWS = 16
 TEXT_ROWS = 8  # of the texts where there is little room
 ASIDE = 64  # tokens of a lane that is not shown, compared in one beat
 # by the room there is: what `d` goes through, and what stands there always

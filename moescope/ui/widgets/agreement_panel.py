@@ -29,6 +29,6 @@ class AgreementPanel(Panel[AgreementData]):
                     (fit(row.run, side, ">"), "text"),
                 )
             )
-        rows.append(())
-        rows += [((line.strip(), "strong"),) for line in wrap(data.verdict, width)]
-        return rows
+        verdict = [((line.strip(), "strong"),) for line in wrap(data.verdict, width)]
+        room = len(rows) + len(verdict) < height
+        return [*rows, *([()] if room else []), *verdict]
