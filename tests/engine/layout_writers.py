@@ -125,6 +125,27 @@ LAYOUTS["feed_forward and router"] = lambda tensors: _renamed(r"\.mlp\.", ".feed
     _renamed(r"\.mlp\.gate\.", ".mlp.router.")(tensors)
 )
 
+
+def older_hunyuan(tensors: Tensors, kv_heads: int) -> Tensors:
+    """q, k and v in one tensor, group by group of the heads that share keys; up above gate."""
+    rest = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.removesuffix(".weight").rpartition(".")
+        if leaf == "q_proj":
+            k, v = (tensors[f"{module}.{other}_proj.weight"] for other in "kv")
+            per_group = zip(
+                tensor.chunk(kv_heads), k.chunk(kv_heads), v.chunk(kv_heads), strict=True
+            )
+            rows = [part for group in per_group for part in group]
+            rest[f"{module}.qkv_proj.weight"] = torch.cat(rows)
+        elif leaf == "up_proj":
+            both = torch.cat([tensor, tensors[f"{module}.gate_proj.weight"]])
+            rest[f"{module}.gate_and_up_proj.weight"] = both
+        elif leaf not in ("k_proj", "v_proj", "gate_proj"):
+            rest[name] = tensor
+    return rest
+
+
 # What mlx-lm asks of a config beside what transformers saves, where no filler will do.
 _MLX_FIELDS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from moescope.engine import load, torch_weights
 from moescope.engine.protocol import LoadRequest
 from tests.engine import packing
-from tests.engine.layout_writers import LAYOUTS, as_mlx, known_to_mlx
+from tests.engine.layout_writers import LAYOUTS, as_mlx, known_to_mlx, older_hunyuan
 from tests.families import TINY
 from tests.tiny import save_checkpoint, tiny_checkpoint, tiny_model
 
@@ -135,3 +135,14 @@ def test_the_text_tower_of_a_vision_checkpoint(tmp_path: Path) -> None:
     assert "language_model.model.layers.0.mlp.switch_mlp.up_proj.weight" in names
     for target, tensor in expected.items():
         torch.testing.assert_close(on_mlx[target], tensor, atol=1.2e-7, rtol=0)
+
+
+def test_hunyuan_as_it_was_first_published(tmp_path: Path) -> None:
+    folder = tiny_checkpoint("hunyuan_v1_moe", tmp_path)
+    expected, _ = read(folder)
+    path = folder / "model.safetensors"
+    save_file(older_hunyuan(load_file(path), kv_heads=2), path)
+    found, inspected = read(folder)
+    same(found, expected)
+    assert inspected.plan.layouts == ("hub, up and gate of an expert in one tensor",)
+    assert inspected.plan.unused == ()

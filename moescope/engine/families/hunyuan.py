@@ -12,9 +12,15 @@ from moescope.engine.config import Fields
 from moescope.engine.decoder import MLP, DecoderSpec, MoE
 from moescope.engine.families import common, ropes
 from moescope.engine.families.family import Family
-from moescope.engine.families.names import PRE_NORM_NAMES
+from moescope.engine.families.forms import In
+from moescope.engine.families.names import PRE_NORM_NAMES, Names
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
+# Older checkpoints have q, k and v in one tensor, and up and gate.
+NAMES: Names = {
+    **PRE_NORM_NAMES,
+    "layers.{n}.attention.qkv": In(".qkv_proj", "qkv by group"),
+}
 _CHOSEN = ("moe_topk", "num_experts_per_tok")
 # Keys that this version of the family has one meaning for.
 _FIXED = (("use_mixed_mlp_moe", True), ("use_qk_norm", True), ("use_cla", False))
@@ -69,7 +75,7 @@ FAMILIES = {
     "hunyuan_v1_moe": Family(
         "Hunyuan-A13B",
         hunyuan_v1_moe,
-        PRE_NORM_NAMES,
+        NAMES,
         "always renormalised",
         {
             "moe_intermediate_size": "intermediate_size",

@@ -68,6 +68,11 @@ LAYOUTS: tuple[ExpertLayout, ...] = (
     HUB,
     _each("hub, one tensor per expert (w1, w2, w3)", "experts.{e}", "w1", "w3", "w2"),
     ExpertLayout(
+        "hub, up and gate of an expert in one tensor",
+        gate_up=In("experts.{e}.gate_and_up_proj.weight", "up first"),
+        down="experts.{e}.down_proj.weight",
+    ),
+    ExpertLayout(
         "transformers 5, fused experts",
         gate_up="experts.gate_up_proj",
         down="experts.down_proj",
