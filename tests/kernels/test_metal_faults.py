@@ -109,35 +109,7 @@ def gated(dtype: int) -> tuple[Launch, list[np.ndarray], np.ndarray, np.ndarray]
     return launch, [hidden, gate, gate_bias, rows, bias, rows, sizes, sizes], exact, bias
 
 
-# --- nothing is found in the text as it stands ----------------------------------------------------
-
-
-@pytest.mark.parametrize("sanitiser", SANITISERS)
-def test_a_sanitiser_finds_nothing(compiled: Compiled, sanitiser: str) -> None:
-    flags = ("-DTHREADS", *SANITISERS[sanitiser])
-    run = program(compiled(text(VARIANTS), *flags, optimised="-O0", program=True))
-    for name, spec in SPECS.items():
-        x, inputs = telling(spec)
-        found = route_on(run, VARIANTS, x, spec, How(flush=True), **inputs)
-        assert not wrong(found, x, spec, inputs), name
-
-
-@pytest.mark.parametrize("sanitiser", SANITISERS)
-@pytest.mark.parametrize("dtype", [0, 1])
-def test_a_sanitiser_finds_nothing_in_the_gate(
-    compiled: Compiled, sanitiser: str, dtype: int
-) -> None:
-    flags = ("-DTHREADS", *SANITISERS[sanitiser])
-    run = program(compiled(text(VARIANTS), *flags, optimised="-O0", program=True))
-    launch, inputs, exact, bias = gated(dtype)
-    found = run(1, launch, inputs)
-    np.testing.assert_allclose(found[-1][None], exact, rtol=2.0**-7, atol=2.0**-7)
-    spec, logits = SPECS["grouped"], found[-1][None]
-    first = routing([a[:1, : spec.K] if a.ndim == 2 else a[:1] for a in found[:8]])
-    assert not wrong(first, logits, spec, {"correction_bias": bias})
-
-
-# --- what is planted is found ---------------------------------------------------------------------
+# --- what is planted ------------------------------------------------------------------------------
 
 BARRIER = "metal::simdgroup_barrier(metal::mem_flags::mem_threadgroup);"
 GROUPS = "group_key(shared.biased + g * size, size, p));"
@@ -227,6 +199,46 @@ FAULTY = [VARIANTS[0].changed(old, new) for old, new, _ in WRONG.values()]
 STRAYING = [VARIANTS[0].changed(old, new) for old, new in STRAYS.values()]
 RACING = [VARIANTS[kernel].changed(old, new) for kernel, old, new in RACES.values()]
 EXCEEDING = [VARIANTS[0].changed(old, new) for old, new in BEYOND.values()]
+TRIED = {"thread": RACING, "address and undefined": EXCEEDING}
+
+
+def sanitised(compiled: Compiled, sanitiser: str) -> Runner:
+    """Of `VARIANTS`, then what is planted for this sanitiser."""
+    flags = ("-DTHREADS", *SANITISERS[sanitiser])
+    source = text([*VARIANTS, *TRIED[sanitiser]])
+    return program(compiled(source, *flags, optimised="-O0", program=True))
+
+
+# --- nothing is found in the text as it stands ----------------------------------------------------
+
+
+@pytest.mark.parametrize("sanitiser", SANITISERS)
+def test_a_sanitiser_finds_nothing(compiled: Compiled, sanitiser: str) -> None:
+    run = sanitised(compiled, sanitiser)
+    for number, (name, spec) in enumerate(SPECS.items()):
+        x, inputs = telling(spec)
+        x = x[number % 3 :: 3]
+        if "token_ids" in inputs:
+            inputs["token_ids"] = inputs["token_ids"][: len(x)]
+        found = route_on(run, VARIANTS, x, spec, How(flush=True), **inputs)
+        assert not wrong(found, x, spec, inputs), name
+
+
+@pytest.mark.parametrize("sanitiser", SANITISERS)
+@pytest.mark.parametrize("dtype", [0, 1])
+def test_a_sanitiser_finds_nothing_in_the_gate(
+    compiled: Compiled, sanitiser: str, dtype: int
+) -> None:
+    run = sanitised(compiled, sanitiser)
+    launch, inputs, exact, bias = gated(dtype)
+    found = run(1, launch, inputs)
+    np.testing.assert_allclose(found[-1][None], exact, rtol=2.0**-7, atol=2.0**-7)
+    spec, logits = SPECS["grouped"], found[-1][None]
+    first = routing([a[:1, : spec.K] if a.ndim == 2 else a[:1] for a in found[:8]])
+    assert not wrong(first, logits, spec, {"correction_bias": bias})
+
+
+# --- what is planted is found ---------------------------------------------------------------------
 
 
 def route_variant(run: Runner, place: int, spec: RouterSpec) -> bool:
@@ -261,9 +273,8 @@ def test_a_lane_that_strays_is_an_error(compiled: Compiled, name: str) -> None:
 
 @pytest.mark.parametrize("name", RACES)
 def test_a_planted_race_is_seen_by_the_thread_sanitiser(compiled: Compiled, name: str) -> None:
-    flags = ("-DTHREADS", *SANITISERS["thread"])
-    run = program(compiled(text(RACING), *flags, optimised="-O0", program=True))
-    place = list(RACES).index(name)
+    run = sanitised(compiled, "thread")
+    place = len(VARIANTS) + list(RACES).index(name)
     with pytest.raises(RuntimeError, match="ThreadSanitizer: data race"):
         if RACES[name][0] == 0:
             route_variant(run, place, SPECS["softmax"])
@@ -275,7 +286,6 @@ def test_a_planted_race_is_seen_by_the_thread_sanitiser(compiled: Compiled, name
 def test_a_write_out_of_bounds_is_seen_by_the_address_sanitiser(
     compiled: Compiled, name: str
 ) -> None:
-    flags = ("-DTHREADS", *SANITISERS["address and undefined"])
-    run = program(compiled(text(EXCEEDING), *flags, optimised="-O0", program=True))
+    run = sanitised(compiled, "address and undefined")
     with pytest.raises(RuntimeError, match=r"AddressSanitizer: .*overflow"):
-        route_variant(run, list(BEYOND).index(name), SPECS["grouped"])
+        route_variant(run, len(VARIANTS) + list(BEYOND).index(name), SPECS["grouped"])
