@@ -64,7 +64,7 @@ CASES = (
     Case(
         "nemotron_h",
         "latent",
-        0,
+        2,
         {
             "moe_latent_size": 24,
             "norm_topk_prob": False,

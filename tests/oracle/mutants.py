@@ -118,7 +118,7 @@ FLIPS: dict[str, dict[str, Turn]] = {
     "LinearAttention.out_gate": {"silu": _to("silu")},
     "LinearAttention.decay_floor": {"softplus": _to(0.0)},
     "StateSpace.inner_norms": {"none": _to(None)},
-    "StateSpace.dt_floor": {"none": _to(0.0)},
+    "StateSpace.dt_floor": {"higher": lambda floor: floor + 0.5},
     "StateSpace.dt_ceiling": {"none": _to(float("inf"))},
     "StateSpace.bias": {"none": _to(False)},
     "ShortConv.bias": {"none": _to(False)},
