@@ -173,7 +173,7 @@ def router_kernel() -> Kernel:
         "moescope_router",
         ("logits", "rows", "bias", "scale", "hashed", "sizes"),
         tuple(OUTPUTS),
-        _header("numbers.metal", "routing.metal"),
+        _header("numbers.metal", "scores.metal", "routing.metal"),
         _text("router.metal"),
     )
 
@@ -184,7 +184,7 @@ def gate_router_kernel() -> Kernel:
         "moescope_gate_router",
         ("hidden", "gate", "gate_bias", "rows", "bias", "scale", "hashed", "sizes"),
         (*OUTPUTS, "logits"),
-        _header("numbers.metal", "gate.metal", "routing.metal"),
+        _header("numbers.metal", "gate.metal", "scores.metal", "routing.metal"),
         _text("gate_router.metal"),
     )
 
