@@ -23,7 +23,7 @@ from moescope.engine import load, mlx_weights
 from moescope.engine.decoder import Attention, StateSpace
 from moescope.engine.mlx_decoder import MLXDecoder
 from moescope.engine.protocol import LoadRequest
-from tests.engine.mlx_tiny import on_mlx
+from tests.engine.mlx_tiny import as_mlx_calls_gpt_oss, on_mlx
 from tests.families.kit import Edit, on_attention, on_operators, policy
 from tests.oracle.matrix import BY_ID
 from tests.tiny import save_checkpoint, tiny_model
@@ -84,26 +84,6 @@ def as_mlx_calls_hunyuan(config: dict[str, Any]) -> None:
         "rope_theta": 10000.0,
         "rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0},
     }
-
-
-def as_mlx_calls_gpt_oss(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Gate and up apart and turned, as mlx-lm publishes them."""
-    out: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        base, _, kind = name.rpartition(".")
-        if kind == "gate_up_proj":
-            out[f"{base}.gate_proj.weight"] = tensor[:, :, ::2].swapaxes(1, 2)
-            out[f"{base}.up_proj.weight"] = tensor[:, :, 1::2].swapaxes(1, 2)
-        elif kind == "down_proj":
-            out[f"{base}.down_proj.weight"] = tensor.swapaxes(1, 2)
-        elif kind == "gate_up_proj_bias":
-            out[f"{base}.gate_proj.bias"] = tensor[:, ::2]
-            out[f"{base}.up_proj.bias"] = tensor[:, 1::2]
-        elif kind == "down_proj_bias":
-            out[f"{base}.down_proj.bias"] = tensor
-        else:
-            out[name] = tensor
-    return out
 
 
 def _whole_turns(attention: Attention) -> Attention:

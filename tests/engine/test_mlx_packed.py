@@ -15,9 +15,10 @@ from moescope.engine.load import inspect, load_model
 from moescope.engine.mlx_decoder import MLXDecoder
 from moescope.engine.mlx_operators import Above, Packed
 from moescope.engine.protocol import LoadRequest
-from tests.engine.mlx_tiny import on_mlx, on_torch
+from tests.engine.layout_writers import as_mlx
+from tests.engine.mlx_tiny import as_mlx_calls_gpt_oss, checkpoint_of, near_enough, on_mlx, on_torch
 from tests.oracle.harness import agrees, difference, ours_greedy
-from tests.oracle.matrix import PROMPTS
+from tests.oracle.matrix import BY_FAMILY, PROMPTS
 from tests.tiny import tiny_checkpoint
 
 IDS = np.random.default_rng(3).integers(0, 256, (4, 12))
@@ -139,6 +140,68 @@ def test_a_packed_checkpoint_is_its_dequantised_twin(
     seen = difference(ours_greedy(on_torch(twin), prompt), ours_greedy(model, prompt))
     assert agrees(seen), seen
     assert "gather_qmm" in model.kernels["experts"]
+
+
+# Of every kind of operator, layout and router that mlx-lm publishes.
+FURTHER = (
+    "deepseek_v3",
+    "gemma4_text",
+    "gpt_oss",
+    "jamba",
+    "kimi_linear",
+    "llama4_text",
+    "longcat_flash",
+    "nemotron_h",
+    "qwen3_next",
+)
+
+
+def packed_by_hand(folder: Path) -> Path:
+    """A checkpoint in mlx-lm's layout with every matrix packed that groups of 32 divide, routers in
+    8 bit; as its quantiser writes it."""
+    import mlx.core as mx
+
+    scheme: dict[str, Any] = dict(USUAL)
+    out: dict[str, mx.array] = {}
+    for name, array in mx.load(str(folder / "model.safetensors")).items():
+        module = name.removesuffix(".weight")
+        fits = name.endswith(".weight") and array.ndim > 1 and array.shape[-1] % 32 == 0
+        if not fits or "conv" in name or "norm" in name:
+            out[name] = array
+            continue
+        if module.endswith((".gate", ".router", ".router.proj")):
+            scheme[module] = {**USUAL, "bits": 8}
+        bits = scheme.get(module, USUAL)["bits"]
+        parts = mx.quantize(array.astype(mx.float32), 32, bits)
+        kinds = ("weight", "scales", "biases")
+        out |= {f"{module}.{kind}": part for kind, part in zip(kinds, parts, strict=True)}
+    mx.save_safetensors(str(folder / "model.safetensors"), out, META)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization"] = config["quantization_config"] = scheme
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def laid_out_by_mlx(family: str, folder: Path) -> Path:
+    import mlx.core as mx
+
+    case = BY_FAMILY[family][0]
+    if family != "gpt_oss":
+        return as_mlx(checkpoint_of(case, folder / "hub"), folder / "mlx")
+    path = checkpoint_of(case, folder / "hub", layout="fused")
+    shard = str(path / "model.safetensors")
+    mx.save_safetensors(shard, as_mlx_calls_gpt_oss(mx.load(shard)), META)
+    return path
+
+
+@pytest.mark.parametrize("family", FURTHER)
+def test_what_else_mlx_lm_publishes_is_its_dequantised_twin(family: str, tmp_path: Path) -> None:
+    packed = packed_by_hand(laid_out_by_mlx(family, tmp_path))
+    model, twin = on_mlx(packed), on_torch(dequantised(packed, tmp_path / "twin"))
+    assert "gather_qmm" in model.kernels["experts"]
+    prompt = PROMPTS["longer-than-window"]
+    seen = difference(ours_greedy(twin, prompt), ours_greedy(model, prompt))
+    assert near_enough(family, seen), seen
 
 
 def test_what_is_packed_stays_so(pairs: Callable[[str], Pair]) -> None:
