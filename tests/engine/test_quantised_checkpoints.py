@@ -16,6 +16,7 @@ from moescope.engine import load, quantised, torch_weights
 from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.protocol import LoadRequest
 from moescope.engine.quantised import reading
+from tests.engine import packing
 from tests.engine.packing import FORMS, Form, made
 from tests.engine.test_load import peak_and_weights
 from tests.tiny import tiny_checkpoint
@@ -169,6 +170,55 @@ def test_scales_that_are_not_finite_are_told(tmp_path: Path) -> None:
         "layer 0: attention.qkv.weight holds 32 values that are not finite",
         "layer 0: mlp.experts.down holds 32 values that are not finite",
     ]
+
+
+@pytest.mark.parametrize("name", ["mlx-6-bit-g64", "fp8-ue8m0-32", "awq"])
+@pytest.mark.parametrize("wanted", ["embed_tokens", "lm_head"])
+def test_packed_tables_are_read_by_rows(
+    name: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "READ", 5000)
+    folder = tiny_checkpoint("qwen3_moe", tmp_path, **SHAPE)
+    plain = pack(folder, FORMS[name], wanted)
+    edit(folder, quantization_config={**FORMS[name].config, "modules_to_not_convert": None})
+    ours = {"embed_tokens": "embed.weight", "lm_head": "head.weight"}[wanted]
+    (published,) = (tensor for name, tensor in plain.items() if wanted in name)
+    assert torch.equal(read(folder)[0][ours], published)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "scale"),
+    [((128, 128), (-1, -1)), ((0, 0), (1, 1)), ((0, 0), ())],
+    ids=["blocks", "one each", "one each, flat"],
+)
+def test_fused_experts_in_fp8(
+    blocks: tuple[int, int], scale: tuple[int, ...], tmp_path: Path
+) -> None:
+    """All experts in one tensor, with scales of its own name: [E, .., ..], or one for each."""
+    folder = tiny_checkpoint("qwen3_moe", tmp_path, layout="fused", **SHAPE)
+    path = folder / "model.safetensors"
+    plain = load_file(path)
+    held = dict(plain)
+    make = packing.fp8(*blocks, "_scale_inv")
+    for number, name in enumerate(sorted(plain)):
+        if "experts" not in name:
+            continue
+        made_ = [
+            make(np.random.default_rng([number, expert]), *matrix.shape)
+            for expert, matrix in enumerate(plain[name])
+        ]
+        held[name] = torch.stack([tensors[".weight"] for tensors, _ in made_])
+        scales = torch.stack([tensors["_scale_inv"] for tensors, _ in made_])
+        held[f"{name}_scale_inv"] = scales if blocks[0] else scales.reshape(len(made_), *scale)
+        plain[name] = torch.stack([values for _, values in made_])
+    save_file(plain, path)
+    expected, _, _ = read(folder)
+    save_file(held, path)
+    sizes = {"weight_block_size": list(blocks)} if blocks[0] else {}
+    edit(folder, quantization_config={"quant_method": "fp8", **sizes})
+    found, notes, inspected = read(folder)
+    assert notes == [] and inspected.plan.unused == ()
+    assert all(torch.equal(found[target], tensor) for target, tensor in expected.items())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")

@@ -26,6 +26,7 @@ _HARMLESS = (
     "lm_head.weight",
     ".rotary_emb.inv_freq",
     ".input_scale",
+    ".input_global_scale",
     ".activation_scale",
     ".k_scale",
     ".v_scale",

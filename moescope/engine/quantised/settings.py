@@ -133,7 +133,7 @@ def _fp8(block: Fields) -> Scheme:
 
 
 _GPTQ_KEYS = """
-    bits group_size sym desc_act checkpoint_format format dynamic lm_head pack_dtype
+    bits group_size sym desc_act act_order checkpoint_format format dynamic lm_head pack_dtype
     modules_in_block_to_quantize block_name_to_quantize module_name_preceding_first_block
     damp_percent damp_auto_increment true_sequential static_groups meta quantizer dataset version
     model_name_or_path model_file_base_name model_seqlen batch_size pad_token_id tokenizer uuid
@@ -173,7 +173,7 @@ def _gptq_bits(block: Fields, default: int) -> int:
 
 _AWQ_KEYS = """
     bits w_bit group_size q_group_size version zero_point backend modules_to_not_convert
-    do_fuse exllama_config fuse_max_seq_len modules_to_fuse
+    ignore do_fuse exllama_config fuse_max_seq_len modules_to_fuse
 """
 
 
@@ -186,7 +186,7 @@ def _awq(block: Fields) -> Scheme:
         raise block.error("zero_point", "true")
     key = "q_group_size" if block.has("q_group_size") else "group_size"
     rule = Rule("AWQ", partial(integers.awq_readings, bits=4, size=group_size(block, key, 128)))
-    return Scheme("AWQ", (rule,), *names(block, "modules_to_not_convert"))
+    return Scheme("AWQ", (rule,), *names(block, "modules_to_not_convert", "ignore"))
 
 
 _MODELOPT_KEYS = """
