@@ -93,6 +93,16 @@ def test_every_variant_of_the_catalogue_beside_the_others(family: str) -> None:
     assert not found.weights[:, -1].any() and not found.score_sum[:, -1].any()
 
 
+def test_scores_far_below_one_keep_their_digits() -> None:
+    """sqrt(softplus(-150)) is 3e-33, though e^-150 is nothing in float32 (SGLang #34459)."""
+    policy = RouterPolicy(2, scoring_func="sqrtsoftplus", norm_topk_prob=True)
+    spec = RouterSpec(policy, RouterWiring(8)).resolved("float32")
+    x = np.linspace([-15, -40, -95, -150], [-25, -60, -105, -170], 8, dtype=np.float32).T
+    expected, found = route(x, spec), on_triton(x, spec)
+    assert not compare(expected, found, spec, x)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_and_room_of_the_caller(dtype: torch.dtype) -> None:
     """bfloat16 logits take the short keys; the caller's arrays are written, and nothing else."""

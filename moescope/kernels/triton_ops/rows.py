@@ -207,6 +207,8 @@ def _score(z, func):
             s = tl.div_rn(tl.where(z >= 0, 1.0, small), 1.0 + small)
         else:
             s = tl.sqrt_rn(tl.where(z > 0, z, 0.0) + log1p(small))
+            # there log(1 + e^z) is e^z, whose root float32 holds long after it holds e^z no more
+            s = tl.where(z < -20.0, exp(-tl.abs(0.5 * z), 0.0), s)
         s = tl.where(z == z, s, z)
     else:
         w = exp_of_difference(z, _largest(z))
