@@ -22,6 +22,7 @@ from moescope.errors import ExitCode, MoescopeError
 from moescope.variants import parse
 
 CHUNK = 128  # tokens fed at once
+LANES = 8  # sequences fed beside each other
 LOGITS_BYTES = 64 << 20  # of next-token logits held at once
 
 
@@ -101,19 +102,21 @@ def emulate_all(
     """`emulate` of several sequences, each from its beginning. `first_router` stops after the first
     layer that has one."""
     decoder = _built(model, hypothesis, engine, first_router)
-    decoder.open(1, max(1, *(len(ids) for ids in sequences)))
     runs = _routers_of(decoder)
     routers = tuple(
         replace(router, tensors=_tensors(run.router))
         for router, run in zip(decoder.routers, runs, strict=True)
     )
-    found = []
-    for number, ids in enumerate(sequences):
-        force = forced[number] if forced else None
+    found: list[Emulation] = []
+    for at in range(0, len(sequences), LANES):
+        some = [np.asarray(ids, np.int64) for ids in sequences[at : at + LANES]]
+        force = list(forced[at : at + LANES]) if forced else [None] * len(some)
+        decoder.open(len(some), max(1, *(len(ids) for ids in some)))
         for index, run in enumerate(runs):
             inner = run.router.inner if isinstance(run.router, _Forcing) else run.router
-            run.router = inner if force is None else _Forcing(inner, routers[index], index, force)
-        found.append(_fed(decoder, hypothesis, routers, ids, next_logits))
+            forces = any(one is not None for one in force)
+            run.router = _Forcing(inner, routers[index], index, force) if forces else inner
+        found += _fed(decoder, hypothesis, routers, some, next_logits)
     return found
 
 
@@ -176,47 +179,73 @@ def _tensors(router: Any) -> dict[str, NDArray[Any]]:
 
 
 def _fed(
-    decoder: Any, hypothesis: str, routers: tuple[Router, ...], ids: Sequence[int], wanted: bool
-) -> Emulation:
-    decoder.truncate(0, 0)
-    tokens = np.asarray(ids, np.int64)
-    room = LOGITS_BYTES // (4 * decoder.vocab_size) if wanted else CHUNK
+    decoder: Any,
+    hypothesis: str,
+    routers: tuple[Router, ...],
+    sequences: list[NDArray[np.int64]],
+    wanted: bool,
+) -> list[Emulation]:
+    """All sequences beside each other; those that are over are fed zeros, which nobody sees."""
+    lanes = list(range(len(sequences)))
+    longest = max(len(ids) for ids in sequences)
+    tokens = np.zeros((len(lanes), longest), np.int64)
+    for lane, ids in enumerate(sequences):
+        tokens[lane, : len(ids)] = ids
+        decoder.truncate(lane, 0)
+    room = LOGITS_BYTES // (4 * decoder.vocab_size * len(lanes)) if wanted else CHUNK
     size = max(1, min(CHUNK, room))
     outs = [
-        decoder.run([0], tokens[None, at : at + size], all_logits=wanted, record="logits")
-        for at in range(0, len(tokens), size)
+        decoder.run(
+            lanes,
+            tokens[:, at : at + size],
+            all_logits=wanted,
+            record="logits",
+            **({"together": True} if len(lanes) > 1 else {}),
+        )
+        for at in range(0, longest, size)
     ]
-    arrays = {
-        name: np.concatenate([getattr(out, name)[0] for out in outs])
-        for name in ("expert_ids", "weights", "score_sum", "margin", "router_logits")
-    }
-    arrays["logits"] = arrays.pop("router_logits")
-    after = np.concatenate([out.logits[0] for out in outs]) if wanted else None
-    return Emulation(hypothesis, routers, tokens, **arrays, next_logits=after)
+    names = ("expert_ids", "weights", "score_sum", "margin", "router_logits")
+    whole = {name: np.concatenate([getattr(out, name) for out in outs], 1) for name in names}
+    whole["logits"] = whole.pop("router_logits")
+    after = np.concatenate([out.logits for out in outs], 1) if wanted else None
+    return [
+        Emulation(
+            hypothesis,
+            routers,
+            ids,
+            **{name: array[lane, : len(ids)] for name, array in whole.items()},
+            next_logits=None if after is None else after[lane, : len(ids)],
+        )
+        for lane, ids in enumerate(sequences)
+    ]
 
 
 class _Forcing:
     """A router whose decisions are recorded, while given experts are executed."""
 
-    def __init__(self, inner: Any, router: Router, index: int, force: Forced) -> None:
+    def __init__(
+        self, inner: Any, router: Router, index: int, forced: Sequence[Forced | None]
+    ) -> None:
         self.inner, self.router = inner, router
-        self.ids = np.asarray(force.expert_ids[:, index], np.int64)  # [T, K]
-        self.weights = None if force.weights is None else force.weights[:, index]
+        self.ids = [None if f is None else f.expert_ids[:, index] for f in forced]  # [T, K]
+        self.weights = [
+            None if f is None or f.weights is None else f.weights[:, index] for f in forced
+        ]
+        self.K = max(ids.shape[1] for ids in self.ids if ids is not None)
 
     def __call__(self, h: Any, call: Any) -> Any:
         import torch
 
         routing = self.inner(h, call)
-        rows = slice(call.starts[0], call.starts[0] + call.tokens)
-        ids = self.ids[rows]
+        ids = self._rows(self.ids, call, -1).astype(np.int64)
         given = (ids >= 0).any(1, keepdims=True)
         if not given.any():
             return routing
-        if self.weights is None:
-            logits = routing.logits.cpu().numpy()
-            weights = weights_at(logits, ids, self.router.spec, self.router.tensors)
-        else:
-            weights = self.weights[rows].astype(np.float64)
+        logits = routing.logits.cpu().numpy()
+        weights = weights_at(logits, ids, self.router.spec, self.router.tensors)
+        if any(rows is not None for rows in self.weights):
+            told = self._rows(self.weights, call, np.nan)
+            weights = np.where(np.isnan(told), weights, told)
         device, width = routing.expert_ids.device, max(ids.shape[1], routing.expert_ids.shape[1])
 
         def chosen(mine: NDArray[Any], own: Any, fill: float) -> Any:
@@ -228,6 +257,15 @@ class _Forcing:
             expert_ids=chosen(ids, routing.expert_ids, -1),
             weights=chosen(weights, routing.weights, 0.0),
         )
+
+    def _rows(self, held: Sequence[Any], call: Any, fill: float) -> NDArray[Any]:
+        """The rows [R, K] of a call: what is held for its lanes and positions."""
+        whole = np.full((len(call.lanes), call.tokens, self.K), fill, np.float64)
+        for n, (lane, start) in enumerate(zip(call.lanes, call.starts, strict=True)):
+            if lane < len(held) and held[lane] is not None:
+                part = held[lane][start : start + call.tokens]
+                whole[n, : len(part), : part.shape[1]] = part
+        return whole.reshape(-1, self.K)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

@@ -24,6 +24,7 @@ from moescope.diagnosis.hypotheses import TRAINED, Hypothesis
 from moescope.diagnosis.likelihood import SMALLEST, Fit, fit
 from moescope.engine.interpreter import Router
 from moescope.kernels.reference import F64
+from moescope.kernels.spec import RouterSpec
 from moescope.variants import apply
 
 FEW = 64  # tokens of the first look, and of pairs
@@ -212,16 +213,19 @@ def first_router(
     bare = replace(case, engine=OURS) if case.engine.combine_only else case
     decoder = spec_in(case.model, case.engine) or case.model.interpreter.spec
     spec = decoder.routers()[0][2]
+    layer = decoder.routers()[0][0]
+    fits: dict[tuple[str, RouterSpec], Fit] = {}  # what is around a router changes nothing here
     found = []
     for hypothesis in (TRAINED, *(h for h in tried if h is not TRAINED)):
-        layer = decoder.routers()[0][0]
         runs = hypothesis if hypothesis.changes_logits(spec, layer) else TRAINED
         key = (runs.expression, bare.engine)
         if key not in held:
             held[key] = _first(bare.predicted(runs, first_router=True))
-        router = replace(held[key].routers[0], spec=apply(hypothesis.edits, spec, layer))
-        predicted = replace(held[key], hypothesis=hypothesis, routers=(router,))
-        found.append(Candidate(hypothesis, case.fitted(predicted)))
+        edited = apply(hypothesis.edits, spec, layer)
+        if (runs.expression, edited) not in fits:
+            router = replace(held[key].routers[0], spec=edited)
+            fits[runs.expression, edited] = case.fitted(replace(held[key], routers=(router,)))
+        found.append(Candidate(hypothesis, fits[runs.expression, edited]))
     return found
 
 
@@ -318,7 +322,7 @@ def through_the_model(
     """Fit each through all routers, best first. Where there are many, a look at a few tokens leaves
     the hopeless behind; the trained router is always kept."""
     tried = list(dict.fromkeys((TRAINED, *tried)))
-    if len(tried) > BEST and case.evidence.tokens > 2 * FEW and case.evidence.counts is None:
+    if len(tried) > BEST and case.evidence.tokens > 4 * FEW and case.evidence.counts is None:
         few = replace(case, evidence=case.evidence.cut(FEW))
         looked = _fit_all(few, tried, watch)
         best = max(candidate.nats for candidate in looked)

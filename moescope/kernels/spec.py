@@ -183,6 +183,8 @@ class RouterSpec:
             {f.name: model_dtype for f in fields(part) if _is_model(part, f.name)}
             for part in (self.policy, self.wiring)
         )
+        if not policy and not wiring:
+            return self
         return self.with_policy(**policy).with_wiring(**wiring)
 
     def line(self, *, wiring: bool = False) -> str:
