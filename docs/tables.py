@@ -25,6 +25,7 @@ PAGES = (
     "docs/families.md",
     "docs/keys.md",
     "docs/performance.md",
+    "docs/quantised.md",
     "docs/variants.md",
 )
 sys.path.insert(0, str(ROOT))  # the tests' tables
@@ -249,7 +250,24 @@ def cpu() -> str:
     return str(report.table(ROOT / "benchmarks/results", markdown=True)) + "\n"
 
 
+def quantised() -> str:
+    """Formats of packed weights, in the words of the table that reads them."""
+    from moescope.engine.quantised.formats import FORMATS
+
+    def tensors(roles: Any) -> str:
+        return " ".join(f"`{role.suffix or '(the weight)'}`" for role in roles if role.read)
+
+    return table(
+        ("format", "written by", "a number is", "tensors"),
+        (
+            (title, known.writer, known.value, tensors(known.roles.values()))
+            for title, known in FORMATS.items()
+        ),
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "quantised": quantised,
     "balance": balance,
     "tolerances": tolerances,
     "cpu": cpu,

@@ -33,61 +33,77 @@ class Role:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """`roles` by name; the first marks a tensor as packed. What they stand for is called by their
+    """`title` is what it is called in short, `value` what a number is, `writer` whose format it is.
+
+    `roles` by name; the first marks a tensor as packed. What they stand for is called by their
     names with `ending` for the suffix. `by_rows`: some rows of it need the same of each tensor that
-    has as many, so that a large matrix can be expanded piece by piece. `title` is what it is called
-    in a few letters."""
+    has as many, so that a large matrix can be expanded piece by piece.
+    """
 
     title: str
+    value: str
+    writer: str
     roles: Mapping[str, Role]
     expand: Callable[[Packed, Arrays], Array]
     ending: str = ".weight"
     by_rows: bool = True
 
 
-def _mlx(title: str, expand: Callable[[Packed, Arrays], Array], *extra: str) -> Format:
+def _mlx(title: str, value: str, expand: Callable[[Packed, Arrays], Array], *extra: str) -> Format:
     kinds = {
         "biases": Role(".biases", _FLOATS),
         "global_scale": Role(".global_scale", ("F32",), False),
     }
     scales = _FLOATS if "biases" in extra else _BYTES
     roles = {"scales": Role(".scales", scales), "weight": Role(".weight", _WORDS)}
-    return Format(title, {**roles, **{name: kinds[name] for name in extra}}, expand)
+    return Format(
+        title, value, "mlx-lm", {**roles, **{name: kinds[name] for name in extra}}, expand
+    )
 
 
-def _gptq(title: str, expand: Callable[[Packed, Arrays], Array], **extra: Role) -> Format:
+def _gptq(
+    title: str, value: str, writer: str, expand: Callable[[Packed, Arrays], Array], **extra: Role
+) -> Format:
     roles = {
         "weight": Role(".qweight", _SIGNED),
         "zeros": Role(".qzeros", _SIGNED),
         "scales": Role(".scales", _FLOATS),
         **extra,
     }
-    return Format(title, roles, expand, by_rows=False)
+    return Format(title, value, writer, roles, expand, by_rows=False)
 
 
 def _bytes(
-    title: str, expand: Callable[[Packed, Arrays], Array], scale: tuple[str, ...], whole: bool
+    title: str,
+    value: str,
+    expand: Callable[[Packed, Arrays], Array],
+    scale: tuple[str, ...],
+    whole: bool,
 ) -> Format:
     """compressed-tensors: two values of 4 bits in a byte."""
     roles = {"weight": Role(".weight_packed", _BYTES), "scale": Role(".weight_scale", scale)}
     if whole:
         roles["global_scale"] = Role(".weight_global_scale", ("F32",))
-    return Format(title, roles, expand)
+    return Format(title, value, "compressed-tensors", roles, expand)
 
 
 FORMATS: dict[str, Format] = {
-    "mlx affine": _mlx("{bits}-bit affine", mlx.affine, "biases"),
-    "mlx mxfp4": _mlx("MXFP4", mlx.mxfp4),
-    "mlx mxfp8": _mlx("MXFP8", mlx.mxfp8),
-    "mlx nvfp4": _mlx("NVFP4", mlx.nvfp4, "global_scale"),
+    "mlx affine": _mlx("{bits}-bit affine", "scale × code + bias", mlx.affine, "biases"),
+    "mlx mxfp4": _mlx("MXFP4", "E2M1 × 2^(scale − 127)", mlx.mxfp4),
+    "mlx mxfp8": _mlx("MXFP8", "E4M3 × 2^(scale − 127)", mlx.mxfp8),
+    "mlx nvfp4": _mlx("NVFP4", "E2M1 × E4M3 scale (× global / 2688)", mlx.nvfp4, "global_scale"),
     "MXFP4": Format(
         "MXFP4",
+        "E2M1 × 2^(scale − 127)",
+        "gpt-oss",
         {"weight": Role("_blocks", _BYTES), "scales": Role("_scales", _E8M0)},
         floats.mxfp4_blocks,
         ending="",
     ),
     "FP8": Format(
         "FP8",
+        "E4M3 × scale",
+        "DeepSeek and others, in blocks",
         {
             "scale": Role("_scale_inv", (*_FLOATS, *_E8M0)),
             "weight": Role("", _E4M3),
@@ -97,6 +113,8 @@ FORMATS: dict[str, Format] = {
     ),
     "FP8 (weight_scale)": Format(
         "FP8",
+        "E4M3 × scale",
+        "compressed-tensors (float-quantized), FP8 per tensor",
         {
             "scale": Role(".weight_scale", _FLOATS),
             "weight": Role(".weight", _E4M3),
@@ -105,6 +123,8 @@ FORMATS: dict[str, Format] = {
     ),
     "packed integers": Format(
         "{bits}-bit integers",
+        "(code − zero) × scale",
+        "compressed-tensors (pack-quantized)",
         {
             "weight": Role(".weight_packed", _SIGNED),
             "scale": Role(".weight_scale", _FLOATS),
@@ -115,10 +135,12 @@ FORMATS: dict[str, Format] = {
         integers.packed_integers,
         by_rows=False,
     ),
-    "NVFP4": _bytes("NVFP4", floats.nvfp4_divided, _E4M3, True),
-    "MXFP4 (weight_packed)": _bytes("MXFP4", floats.mxfp4, _E8M0, False),
+    "NVFP4": _bytes("NVFP4", "E2M1 × E4M3 scale / global", floats.nvfp4_divided, _E4M3, True),
+    "MXFP4 (weight_packed)": _bytes("MXFP4", "E2M1 × 2^(scale − 127)", floats.mxfp4, _E8M0, False),
     "NVFP4 (ModelOpt)": Format(
         "NVFP4",
+        "E2M1 × E4M3 scale × global",
+        "ModelOpt",
         {
             "global_scale": Role(".weight_scale_2", ("F32",)),
             "scale": Role(".weight_scale", _E4M3),
@@ -126,8 +148,14 @@ FORMATS: dict[str, Format] = {
         },
         floats.nvfp4_multiplied,
     ),
-    "GPTQ": _gptq("{bits}-bit GPTQ", integers.gptq, g_idx=Role(".g_idx", _SIGNED, required=False)),
-    "AWQ": _gptq("{bits}-bit AWQ", integers.awq),
+    "GPTQ": _gptq(
+        "{bits}-bit GPTQ",
+        "(code − zero) × scale",
+        "AutoGPTQ, GPTQModel",
+        integers.gptq,
+        g_idx=Role(".g_idx", _SIGNED, required=False),
+    ),
+    "AWQ": _gptq("{bits}-bit AWQ", "(code − zero) × scale", "AutoAWQ (gemm)", integers.awq),
 }
 
 
