@@ -138,10 +138,17 @@ def _blocks(trace: Trace, indices: Array, routers: int) -> Iterator[dict[str, Ar
         start = number * BLOCK
         here = indices[indices // BLOCK == number] - start
         block = {name: trace.column(name, start, start + BLOCK)[here] for name in names}
-        yield {
-            name: column[:, :routers] if column.ndim > 1 else column
-            for name, column in block.items()
-        }
+        yield {name: _of_routers(name, column, routers) for name, column in block.items()}
+
+
+def _of_routers(name: str, column: Array, routers: int) -> Array:
+    """A column with exactly as many routers as the lane's model; what is missing is unused."""
+    if column.ndim == 1 or column.shape[1] == routers:
+        return column
+    if column.shape[1] > routers:
+        return column[:, :routers]
+    more = [(0, 0), (0, routers - column.shape[1]), *[(0, 0)] * (column.ndim - 2)]
+    return np.pad(column, more, constant_values=-1 if name == "expert_ids" else np.nan)
 
 
 def _add_load(sums: Sums, block: dict[str, Array], routers: Sequence[RouterInfo]) -> None:

@@ -198,6 +198,8 @@ def _golden(trace: Trace, lane: int | None) -> tuple[tuple[RouterInfo, ...], lis
     groups = list(router_groups(trace.meta))
     width = sequences[0].expert_ids.shape[1]
     routers = next((group for group in groups if len(group) == width), groups[0])
+    if any(sequence.expert_ids.shape[1] != len(routers) for sequence in sequences):
+        raise _bad("expected a decision of every router for every token")
     return routers, sequences
 
 
