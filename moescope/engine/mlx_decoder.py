@@ -288,6 +288,7 @@ class MLXDecoder:
             recorded=policies.recorded,
             gate_bits=policies.gate_bits,
             fields=policies.fields,
+            scales_output=policies.scales_output,
             shadows=len(self._policies.shadows),
             keep_logits=keep_logits,
             all_logits=all_logits,

@@ -26,6 +26,7 @@ class InForce:
     recorded: tuple[int, ...]  # per router, the most any policy picks
     gate_bits: tuple[int, ...]  # roundings of the gates in force
     fields: frozenset[str]  # of policies, those in use (`mlx_ops.fields_of`)
+    scales_output: bool  # whether any policy in force multiplies the routed output
     shadow_K: int  # the most any shadow picks; 0 where there are none
 
 
@@ -40,5 +41,6 @@ def in_force(rows: NDArray[np.float64], routers: Sequence[Router]) -> InForce:
         recorded=tuple(K.max((1, 2)).tolist()),
         gate_bits=tuple(np.unique(rows[..., COLUMN["gate"]]).astype(int).tolist()),
         fields=frozenset[str]().union(*used),
+        scales_output=bool((rows[:, :, 0, COLUMN["output_scale"]] != 1).any()),
         shadow_K=int(K[:, :, 1:].max(initial=0)),
     )

@@ -216,16 +216,21 @@ def attend(
 
 def written(cache: mx.array, new: mx.array, call: Call) -> mx.array:
     """`cache` [lanes, heads, capacity, D] with `new` [R, heads, D] at the positions of its rows."""
-    lanes, static, new = call.static.lanes, call.static, new.astype(cache.dtype)
-    if not call.decodes:
-        corner = mx.array([lanes[0], static.start])
-        return mx.slice_update(cache, new.swapaxes(0, 1)[None], corner, (0, 2))
-    if len(lanes) == 1:
-        corner = mx.concatenate([mx.array(lanes, mx.int32), call.positions])
-        return mx.slice_update(cache, new[:, :, None], corner, (0, 2))
+    lanes, new = call.static.lanes, new.astype(cache.dtype)
+    if not call.decodes or len(lanes) == 1:
+        rows = new.swapaxes(0, 1)[None]
+        return mx.slice_update(cache, rows, _corner(call), (0, 2))
     found = cache[...]  # what follows assigns to the name, not to the caller's array
     found[mx.array(lanes), :, call.positions] = new
     return found
+
+
+def _corner(call: Call) -> mx.array:
+    """Lane and position that the rows of a call of one lane begin at."""
+    if call.corner is None:
+        lane = mx.array(call.static.lanes, mx.int32)
+        call.corner = mx.concatenate([lane, call.positions[:1]])
+    return call.corner
 
 
 def of_lanes(cache: mx.array, lanes: tuple[int, ...], seen: int) -> mx.array:

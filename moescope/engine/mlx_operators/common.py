@@ -31,6 +31,7 @@ class Static:
     recorded: tuple[int, ...]  # per router, the picks recorded: shadows may ask for more
     gate_bits: tuple[int, ...]  # roundings of the gates' weights that are in force
     fields: frozenset[str]  # of the policies, those that any of them uses (`mlx_ops.fields_of`)
+    scales_output: bool  # whether any of them multiplies the routed output
     shadows: int
     keep_logits: bool
     all_logits: bool
@@ -50,6 +51,7 @@ class Call:
     routings: list[Routing] = field(default_factory=list)  # filled router by router, of R × P rows
     beside: list[Routing] = field(default_factory=list)  # the kernel's, where its twin routes
     masks: dict[tuple[int, int], mx.array] = field(default_factory=dict)
+    corner: mx.array | None = None  # (lane, position) that the new rows of caches begin at
     state: list[mx.array] = field(default_factory=list)
     read: mx.array | None = None
     taps: dict[str, mx.array] = field(default_factory=dict)

@@ -75,8 +75,10 @@ def through(x: mx.array, ids: mx.array, products: Products) -> mx.array:
 
 
 def summed(parts: mx.array, used: mx.array) -> mx.array:
-    """parts [R, K, H] where `used` [R, K], added up one after the other."""
+    """parts [R, K, H] where `used` [R, K], added up; one after the other where sums are rounded."""
     parts = mx.where(used[..., None], parts, mx.zeros((), parts.dtype))
+    if parts.dtype == mx.float32:
+        return parts.sum(1)
     out = parts[:, 0]
     for k in range(1, parts.shape[1]):
         out = out + parts[:, k]

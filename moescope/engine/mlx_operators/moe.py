@@ -41,9 +41,9 @@ class MLXRouter:
     def _vector(weights: Weights, name: str, wanted: bool) -> mx.array | None:
         return array(weights[name]) if wanted else None
 
-    def __call__(self, h: mx.array, call: Call) -> tuple[mx.array, mx.array, mx.array]:
-        """h [R, H] after the branch's norm -> ids [R, K], weights [R, K], and what the policy in
-        force multiplies the routed output with [R, 1]. The call keeps the whole routing."""
+    def __call__(self, h: mx.array, call: Call) -> tuple[mx.array, mx.array]:
+        """h [R, H] after the branch's norm -> ids [R, K], weights [R, K]; the call keeps the whole
+        routing."""
         static = call.static
         rows = call.rows[self.index]  # [R, P, WIDTH]
         assert call.read is not None
@@ -51,8 +51,14 @@ class MLXRouter:
         routing = self._routed(x, rows, call)
         call.routings.append(routing)
         K = static.picks[self.index]
-        scale = rows[:, 0, COLUMN["output_scale"], None]
-        return routing.expert_ids[:, 0, :K], routing.weights[:, 0, :K], scale
+        return routing.expert_ids[:, 0, :K], routing.weights[:, 0, :K]
+
+    def scaled(self, out: mx.array, call: Call) -> mx.array:
+        """What is routed [R, H], times the factor that the policy in force has for it."""
+        if not call.static.scales_output:
+            return out
+        scale = call.rows[self.index, :, 0, COLUMN["output_scale"], None]
+        return (out.astype(mx.float32) * scale).astype(out.dtype)
 
     def _routed(self, x: mx.array, rows: mx.array, call: Call) -> Routing:
         """Routing of R rows under P policies each: arrays [R, P, ...]; logits are [R, E], as the
@@ -126,8 +132,7 @@ class MLXMoE(Stateless):
             self.shared_gate = matrix(weights[f"{path}.shared_expert_gate.weight"])
 
     def __call__(self, h: mx.array, call: Call) -> mx.array:
-        ids, weights, scale = self.router(h, call)
-        out = (self._routed(h, ids, weights).astype(mx.float32) * scale).astype(h.dtype)
+        out = self.router.scaled(self._routed(h, *self.router(h, call)), call)
         if self.output_bias is not None:
             out = out + self.output_bias
         return out if self.shared is None else self._with_shared(out, h)

@@ -52,7 +52,8 @@ def _gated(norm: Normalise, down: Matrix, up: Matrix) -> Normalise:
 
 def _rms(norm: Norm, weight: mx.array | None, bias: mx.array | None) -> Normalise:
     eps = norm.eps
-    if weight is None or norm.applies == "float32":
+    rounds_once = norm.applies == "float32" or (weight is not None and weight.dtype == mx.float32)
+    if weight is None or rounds_once:
         return lambda x: mx.fast.rms_norm(x, weight, eps)
     return lambda x: weight * mx.fast.rms_norm(x, None, eps)
 

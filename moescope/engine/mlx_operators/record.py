@@ -27,35 +27,20 @@ def stacked(routings: Sequence[Routing]) -> list[mx.array]:
     """Integers [L, R, P, 1 + K]: the runner-up, then the picks; floats [L, R, P, 4 + 2K]: sums,
     weights, scores; and logits [L, R, E] where they were kept."""
     K = max(routing.expert_ids.shape[-1] for routing in routings)
-    whole = [_integers(routings, K), _floats(routings, K)]
+
+    def whole(name: str, fill: float = 0.0, width: int = K) -> mx.array:
+        return mx.stack([_widened(getattr(routing, name), width, fill) for routing in routings])
+
+    def single(name: str) -> mx.array:
+        return mx.stack([getattr(routing, name) for routing in routings])[..., None]
+
+    integers = [single("runner_up"), whole("expert_ids", -1)]
+    floats = [*map(single, SUMS), whole("weights"), whole("scores")]
+    found = [mx.concatenate(integers, -1), mx.concatenate(floats, -1)]
     if routings[0].logits is not None:
         E = max(routing.logits.shape[-1] for routing in routings)
-        whole.append(mx.stack([_widened(r.logits, E, float("nan")) for r in routings]))
-    return whole
-
-
-def _integers(routings: Sequence[Routing], K: int) -> mx.array:
-    return mx.stack(
-        [
-            mx.concatenate([r.runner_up[..., None], _widened(r.expert_ids, K, -1)], -1)
-            for r in routings
-        ]
-    )
-
-
-def _floats(routings: Sequence[Routing], K: int) -> mx.array:
-    return mx.stack(
-        [
-            mx.concatenate(
-                [
-                    *(getattr(r, name)[..., None] for name in SUMS),
-                    *(_widened(picked, K, 0.0) for picked in (r.weights, r.scores)),
-                ],
-                -1,
-            )
-            for r in routings
-        ]
-    )
+        found.append(whole("logits", float("nan"), E))
+    return found
 
 
 def _widened(x: mx.array, width: int, fill: float) -> mx.array:

@@ -38,7 +38,7 @@ class MLXRoutedAttention(CachedAttention):
 
     def __call__(self, h: mx.array, call: Call) -> mx.array:
         s, R = self.spec, len(h)
-        ids, weights, scale = self.router(h, call)
+        ids, weights = self.router(h, call)
         order = mx.argsort(ids, -1)
         ids, weights = (mx.take_along_axis(a, order, -1) for a in (ids, weights))
         used, ids = readable(ids, self.experts)
@@ -52,5 +52,5 @@ class MLXRoutedAttention(CachedAttention):
         mixed = mixed.swapaxes(1, 2).reshape(R, K, -1)
         parts = through(mixed, ids, lambda x, e, asc: self.out.of_experts(x, e, ordered=asc))
         parts = (parts * weights.astype(self.combine)[..., None]).astype(h.dtype)
-        out = (summed(parts, used).astype(mx.float32) * scale).astype(h.dtype)
+        out = self.router.scaled(summed(parts, used), call)
         return out if self.output_bias is None else out + self.output_bias
