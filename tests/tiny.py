@@ -102,7 +102,8 @@ def _model(family: str, config: Any) -> Any:
         return Model(config)
     logging.disable_progress_bar()
     if family in CLASSES:
-        build = getattr(transformers, CLASSES[family])._from_config
+        known = CLASSES[family]
+        build = getattr(transformers, known)._from_config if isinstance(known, str) else known
     else:
         build = transformers.AutoModelForCausalLM.from_config
     return build(
@@ -252,7 +253,8 @@ def _mlx_layout(tensors: dict[str, Any], model_type: str) -> dict[str, Any]:
 
 def _older_names(path: Path) -> None:
     """Rewrite a config saved by transformers 5 with the names that published configs use."""
-    config = json.loads(path.read_text())
+    whole = json.loads(path.read_text())
+    config = whole.get("text_config", whole)
     rope = config.get("rope_parameters") or {}
     nested = any(isinstance(value, dict) for value in rope.values())  # a rope for each type
     if "rope_parameters" in config and not nested:
@@ -266,4 +268,4 @@ def _older_names(path: Path) -> None:
     if config["model_type"] in PUBLISHED_AS_NUM_EXPERTS and "num_local_experts" in config:
         config["num_experts"] = config.pop("num_local_experts")
     OLDER.get(config["model_type"], lambda config: None)(config)
-    path.write_text(json.dumps(config, indent=2))
+    path.write_text(json.dumps(whole, indent=2))

@@ -6,7 +6,8 @@ A module may hold:
     CASES      at least two for each family; the first is what a normal run of the tests compares
     MUTANTS    wrong specs beyond the generic ones of `tests.oracle.mutants`
     EXEMPT     (model type or case id, `Class.field` or mutant's name) -> why no comparison sees it
-    CLASSES    model type -> its class in transformers, where the automatic one does not know it
+    CLASSES    model type -> its class in transformers, where the automatic one does not know it; or
+               what makes a model of a config
     SAME       model type -> the one that transformers reads it as
     MLX        model type -> router logits (gate, input), of those compared with mlx-lm
     READ       model type -> how its routers are listened to (`kit.TOP_K` where it is not there)
@@ -39,7 +40,7 @@ TINY: dict[str, dict[str, Any]] = {}
 CASES: tuple[Case, ...] = ()
 MUTANTS: tuple[Mutant, ...] = ()
 EXEMPT: dict[tuple[str, str], str] = {}
-CLASSES: dict[str, str] = {}
+CLASSES: dict[str, str | Callable[..., Any]] = {}
 SAME: dict[str, str] = {}
 MLX: dict[str, Callable[[Any, Any], Any]] = {}
 READ: dict[str, Read] = {}

@@ -1,4 +1,5 @@
-"""Qwen2-MoE and Qwen3-MoE: sparse steps, dense layers by list, and a gated shared expert in Qwen2.
+"""Qwen2-MoE, Qwen3-MoE and the text of its towers: sparse steps, dense layers by list, and a gated
+shared expert in Qwen2.
 
 Sources: arXiv 2407.10671 and 2505.09388; transformers `modeling_qwen2_moe.py` and
 `modeling_qwen3_moe.py`.
@@ -6,11 +7,14 @@ Sources: arXiv 2407.10671 and 2505.09388; transformers `modeling_qwen2_moe.py` a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moescope.engine.config import Fields
 from moescope.engine.decoder import MLP, Attention, DecoderSpec, Experts, MoE
 from moescope.engine.families import common
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES
+from moescope.kernels.spec import RouterSpec
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -45,6 +49,33 @@ def qwen3_moe(config: Fields) -> DecoderSpec:
         qk_norm="per_head",
     )
     _expect_layer_types(config, SLIDING if window else FULL)
+    return _layers(config, sizes, [mixer] * sizes.layers, moe)
+
+
+def qwen3_vl_moe(config: Fields) -> DecoderSpec:
+    """The text of Qwen3-VL: always renormalised; text has the same position on every axis."""
+    sizes = common.read_sizes(config, eps=1e-6, context=128000, kv_heads=16)
+    sizes = replace(sizes, tied=config.bool("tie_word_embeddings", True))
+    router = common.softmax_router(config, renormalises=True)
+    return _of_towers(config, sizes, 500000.0, router)
+
+
+def qwen3_omni_moe(config: Fields) -> DecoderSpec:
+    """The text of Qwen3-Omni's thinker."""
+    sizes = common.read_sizes(config, eps=1e-6, context=32768, kv_heads=4)
+    if config.has("sliding_window"):
+        raise config.error("sliding_window", "null for this model type")
+    router = common.softmax_router(config, usual_norm=True)
+    return _of_towers(config, sizes, 1000000.0, router)
+
+
+def _of_towers(
+    config: Fields, sizes: common.Sizes, theta: float, router: RouterSpec
+) -> DecoderSpec:
+    rope = common.read_rope(config, sizes, usual_theta=theta)
+    bias = config.bool("attention_bias", False)
+    mixer = common.attention(sizes, rope, qkv_bias=bias, out_bias=bias, qk_norm="per_head")
+    moe = MoE(sizes.hidden, router, _experts(config))
     return _layers(config, sizes, [mixer] * sizes.layers, moe)
 
 
@@ -97,4 +128,8 @@ FAMILIES = {
         "Qwen2-MoE", qwen2_moe, PRE_NORM_NAMES, "not renormalised, gated shared expert"
     ),
     "qwen3_moe": Family("Qwen3-MoE", qwen3_moe, PRE_NORM_NAMES, "renormalised"),
+    "qwen3_vl_moe_text": Family(
+        "Qwen3-VL-MoE", qwen3_vl_moe, PRE_NORM_NAMES, "always renormalised"
+    ),
+    "qwen3_omni_moe_text": Family("Qwen3-Omni", qwen3_omni_moe, PRE_NORM_NAMES, "renormalised"),
 }
