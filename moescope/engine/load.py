@@ -18,11 +18,9 @@ from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.decoder import DecoderSpec, state_bytes
 from moescope.engine.families.family import Family
 from moescope.engine.families.plans import Piece, Plan
-from moescope.engine.header import TensorInfo
 from moescope.engine.protocol import Loading, LoadRequest
 from moescope.engine.stored import router_words
-from moescope.errors import ExitCode, MoescopeError
-from moescope.safety import single_line
+from moescope.errors import MoescopeError
 
 if TYPE_CHECKING:
     from moescope.engine.interpreter import Interpreter
@@ -139,26 +137,15 @@ def choose_dtype(wanted: str, device: str, checkpoint: Checkpoint, plan: Plan) -
 
 
 def _stored_dtype(checkpoint: Checkpoint, plan: Plan) -> str:
-    """The commonest dtype of the tensors that will be read, of packed ones that of their scales;
-    bytes and integers that no format explains are refused."""
+    """The commonest dtype of the tensors that will be read; of packed ones that of their scales,
+    unless those are in float32, which is no dtype of weights."""
     sizes = dict.fromkeys(_STORED, 0)
     for placement in plan.placements:
         for piece in placement.pieces:
-            kinds = {checkpoint.tensors[name].dtype: name for name in piece.published}
-            if piece.packed is None and not kinds.keys() & _STORED.keys():
-                raise _not_a_float(checkpoint.tensors[piece.source])
-            for kind in kinds.keys() & {"BF16", "F16"} or kinds.keys() & _STORED.keys():
+            kinds = {checkpoint.tensors[name].dtype for name in piece.published} & sizes.keys()
+            for kind in kinds - {"F32"} if piece.packed is not None else kinds:
                 sizes[kind] += piece.elements
     return _STORED[max(sizes, key=lambda kind: sizes[kind])] if any(sizes.values()) else "bfloat16"
-
-
-def _not_a_float(info: TensorInfo) -> MoescopeError:
-    return MoescopeError(
-        f"{single_line(info.shard, 120)}: {single_line(info.name, 200)}: "
-        f"expected F32, BF16 or F16, found {info.dtype}",
-        hint="config.json names no format of quantised weights that this could be of",
-        code=ExitCode.CHECKPOINT,
-    )
 
 
 def weights_bytes(

@@ -19,11 +19,9 @@ _DEPTH = 2
 # the head of a composite model by its outermost config.
 _OF_ALL = ("tie_word_embeddings",)
 
-# Text types that are a family's of another name, and what they leave unsaid in its words. Their
+# Text types that are a family's under another name, and what they leave unsaid in its words. Their
 # positions have several axes; in text all are equal, which is the family's own rope.
 _SAME: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
-    "qwen3_omni_moe_text": ("qwen3_moe", {}),
     "glm4v_moe_text": ("glm4_moe", {}),
 }
 
@@ -54,11 +52,13 @@ def text_of(config: Mapping[str, Any], supported: Container[str]) -> Text | None
         return Text(Fields(config), whole)
     for place, inner in _parts(config, "", _DEPTH):
         named = inner.get("model_type")
-        found, unsaid = _SAME.get(named, (named, {})) if isinstance(named, str) else (None, {})
-        if found is not None and found in supported:
+        if not isinstance(named, str):
+            continue
+        found, unsaid = (named, {}) if named in supported else _SAME.get(named, ("", {}))
+        if found in supported:
             of_all = {key: config[key] for key in _OF_ALL if key in config}
             values = {**inner, **unsaid, **of_all, "model_type": found}
-            return Text(Fields(values, prefix=place), found, str(named), whole)
+            return Text(Fields(values, prefix=place), found, named, whole)
     return None
 
 

@@ -21,6 +21,7 @@ from moescope.engine.parameters import Shape, Slot, slots
 from moescope.engine.quantised.packed import Held
 from moescope.safety import single_line
 
+_FLOATS = ("F32", "BF16", "F16")
 # A second copy of a tied head, frequencies that are computed anyway, scales of activations.
 _HARMLESS = (
     "lm_head.weight",
@@ -210,6 +211,8 @@ class _Placer:
             info = self.stored.get(piece.source)
             if info is None:
                 raise _missing(piece.source)
+            if not info.readings and info.dtype not in _FLOATS:
+                raise _no_float(piece.source, info)
             if not info.fits(piece.stored_shape):
                 raise _misfit(slot, piece, info, self.keys)
             pieces.append(replace(piece, packed=info.reading(piece.stored_shape)))
@@ -274,6 +277,14 @@ def _missing(name: str) -> Exception:
     return bad(
         f"checkpoint: {single_line(name, 200)}: expected a tensor, found none",
         "download the checkpoint again: a shard may be missing or cut short",
+    )
+
+
+def _no_float(name: str, info: Held) -> Exception:
+    return bad(
+        f"{single_line(info.shard, 120)}: {single_line(name, 200)}: "
+        f"expected {', '.join(_FLOATS[:-1])} or {_FLOATS[-1]}, found {info.dtype}",
+        "config.json names no format of quantised weights that this could be of",
     )
 
 
