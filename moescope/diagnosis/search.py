@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from moescope.variants import apply
 
 FEW = 64  # tokens of the first look, and of pairs
 BEST = 10  # singles that pairs are made of
+HELD_BYTES = 256 << 20  # of emulated logits
 KEPT = 30.0  # nats behind the best after which nobody comes back
 # the least and the most noise, in logits, for which a dtype of the engine is considered
 NOISE_OF = {"float32": (0.0, 10.0), "float16": (1e-4, 5e-3), "bfloat16": (3e-4, 10.0)}
@@ -66,12 +67,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """One trace beside one model."""
+    """One trace beside one model. `held` keeps emulations, as far as memory is no matter."""
 
     model: Any
     evidence: Evidence
     ordered: bool = True
     engine: Engine = OURS
+    held: dict[tuple[str, Engine, bool, int], Predicted] = field(default_factory=dict)
 
     @property
     def data(self) -> Data:
@@ -93,6 +95,9 @@ class Case:
 
     def predicted(self, hypothesis: Hypothesis, *, first_router: bool = False) -> Predicted:
         """Emulate, with the recorded experts forced; not where only their counts are known."""
+        key = (hypothesis.expression, self.engine, first_router, self.evidence.tokens)
+        if key in self.held:
+            return self.held[key]
         sequences = self.evidence.sequences
         counted = self.evidence.counts is not None
         forced = [] if counted else [Forced(one.expert_ids) for one in sequences]
@@ -104,7 +109,10 @@ class Case:
             engine=self.engine,
             first_router=first_router,
         )
-        return _joined(hypothesis, runs)
+        made = _joined(hypothesis, runs)
+        if (len(self.held) + 1) * made.logits.nbytes < HELD_BYTES:
+            self.held[key] = made
+        return made
 
     def compared(self, found: Predicted, data: Data | None = None) -> list[Differences]:
         """Router by router, what is predicted against what was recorded (or against `data`)."""
@@ -201,30 +209,21 @@ def _joined(hypothesis: Hypothesis, runs: Sequence[Emulation]) -> Predicted:
 # --- the first router -----------------------------------------------------------------------------
 
 
-Held = dict[tuple[str, Engine], Predicted]  # emulations of the first router
-
-
-def first_router(
-    case: Case, tried: Sequence[Hypothesis], held: Held | None = None
-) -> list[Candidate]:
-    """Nats of each hypothesis on the first router alone. Only those that change what its logits are
-    made of are run, and those once for all that only combine differently (`held`)."""
-    held = {} if held is None else held
+def first_router(case: Case, tried: Sequence[Hypothesis]) -> list[Candidate]:
+    """Nats of each hypothesis on the first router alone, the trained one's first. Only those that
+    change what its logits are made of are run."""
     bare = replace(case, engine=OURS) if case.engine.combine_only else case
     decoder = spec_in(case.model, case.engine) or case.model.interpreter.spec
-    spec = decoder.routers()[0][2]
-    layer = decoder.routers()[0][0]
+    layer, _, spec = decoder.routers()[0]
     fits: dict[tuple[str, RouterSpec], Fit] = {}  # what is around a router changes nothing here
     found = []
     for hypothesis in (TRAINED, *(h for h in tried if h is not TRAINED)):
         runs = hypothesis if hypothesis.changes_logits(spec, layer) else TRAINED
-        key = (runs.expression, bare.engine)
-        if key not in held:
-            held[key] = _first(bare.predicted(runs, first_router=True))
         edited = apply(hypothesis.edits, spec, layer)
         if (runs.expression, edited) not in fits:
-            router = replace(held[key].routers[0], spec=edited)
-            fits[runs.expression, edited] = case.fitted(replace(held[key], routers=(router,)))
+            predicted = _first(bare.predicted(runs, first_router=True))
+            router = replace(predicted.routers[0], spec=edited)
+            fits[runs.expression, edited] = case.fitted(replace(predicted, routers=(router,)))
         found.append(Candidate(hypothesis, fits[runs.expression, edited]))
     return found
 
@@ -242,17 +241,16 @@ def settle(
     router fit as well as anything fits; else what the best hypothesis fits best with."""
     orders = (True, False) if evidence.ordered is None else (evidence.ordered,)
     settings: list[Setting] = []
-    held: Held = {}
+    ours = Case(model, evidence)
+    logits = ours.predicted(TRAINED, first_router=True).logits[:, :1]
     for engine in engines(model.interpreter.dtype, evidence.dtype):
         noise = max(settings, key=lambda s: s.best).noise if settings else 1.0
         if settings and not _may_be(engine, noise):
             continue
         for ordered in orders:
-            case = Case(model, evidence, ordered, engine)
-            found = first_router(case, tried, held)
-            logits = next(iter(held.values())).logits
-            settings.append(Setting.of(case, found, logits))
-    likely = [s for s in settings if s.noise <= MOST * spread(s.trained_logits)] or settings
+            case = replace(ours, ordered=ordered, engine=engine)
+            settings.append(Setting.of(case, first_router(case, tried)))
+    likely = [s for s in settings if s.noise <= MOST * float(spread(logits)[0])] or settings
     top = max(setting.best for setting in likely)
     fair = [s for s in likely if s.trained >= top - FAIR]
     chosen = max(fair, key=lambda s: s.trained) if fair else max(likely, key=lambda s: s.best)
@@ -291,15 +289,14 @@ class Setting:
     best: float
     trained: float
     noise: float
-    trained_logits: NDArray[np.float32]  # of the first router
 
     @classmethod
-    def of(cls, case: Case, found: list[Candidate], logits: NDArray[np.float32]) -> Setting:
+    def of(cls, case: Case, found: list[Candidate]) -> Setting:
         chance = 0.0 if case.ordered else _chance_of_orders(case)
         best = max(found, key=lambda candidate: candidate.nats)
         trained = next(c for c in found if c.hypothesis is TRAINED)
         noise = float(best.fit.scale[0])
-        return cls(case, found, best.nats + chance, trained.nats + chance, noise, logits)
+        return cls(case, found, best.nats + chance, trained.nats + chance, noise)
 
 
 def _chance_of_orders(case: Case) -> float:

@@ -30,7 +30,6 @@ EXPLAINED = 0.9  # of the first router's rows
 EXPLAINED_ALL = 0.75  # of all rows
 EXPLAINED_COUNTS = 0.95
 RUNNERS_UP = 3
-HELD_BYTES = 256 << 20  # of emulated logits
 
 Kind = Literal["trained", "fault", "none"]
 
@@ -121,7 +120,6 @@ class _Judge:
         self.as_trained = next(c for c in self.ranked if c.hypothesis is TRAINED)
         self.tolerance = self._tolerance()
         self._shares: dict[Hypothesis, tuple[float, float]] = {}
-        self._predicted: dict[Hypothesis, Predicted] = {TRAINED: trained}
 
     def _tolerance(self) -> NDArray[np.float64]:
         """[L] in logits: the error within which a row counts as explained."""
@@ -132,12 +130,7 @@ class _Judge:
         return tolerance
 
     def predicted(self, candidate: Candidate) -> Predicted:
-        held = self._predicted.get(candidate.hypothesis)
-        if held is None:
-            held = self.case.predicted(candidate.hypothesis)
-            if (len(self._predicted) + 1) * held.logits.nbytes < HELD_BYTES:
-                self._predicted[candidate.hypothesis] = held
-        return held
+        return self.case.predicted(candidate.hypothesis)
 
     def explains(self, candidate: Candidate) -> tuple[float, float]:
         """The shares of rows of the first router, and of all, that it explains."""

@@ -29,8 +29,7 @@ from tests.diagnosis.described import DESCRIBE
 from tests.tiny import save_checkpoint, tiny_model
 
 RESULTS = Path(__file__).with_name("results")
-PROMPTS = (7, 12, 9)  # tokens of each
-NEW = 48
+PROMPTS, LENGTH, NEW = 3, 9, 48  # prompts, tokens of each, and new ones
 LEVELS: tuple[Level, ...] = ("weights", "order")
 DTYPES = ("float32", "bfloat16")
 UNPATCHED = ("float32", "bfloat16", "experts in 8 bits")
@@ -96,12 +95,12 @@ def tested(family: str, folder: Path) -> Tested:
 def recorded(case: Tested, faults: tuple[str, ...], dtype: str, new: int = NEW) -> Evidence:
     """What the patched model decides while it writes; `dtype` may be one of `UNPATCHED`."""
     rng = np.random.default_rng(5)
-    prompts = [tuple(int(i) for i in rng.integers(0, 256, n)) for n in PROMPTS]
+    prompts = [tuple(int(i) for i in rng.integers(0, 256, LENGTH)) for _ in range(PROMPTS)]
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     model = patched.patched(case.theirs, case.family, *faults, dtype=kind)
     if dtype not in DTYPES:
         model = patched.round_experts(model, case.family)
-    runs = [patched.generate(model, case.family, prompt, new) for prompt in prompts]
+    runs = patched.generate(model, case.family, prompts, new)
     return Evidence(
         tuple(
             Observed(np.array(r.token_ids), r.expert_ids.astype(np.int32), r.weights) for r in runs

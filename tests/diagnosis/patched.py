@@ -75,8 +75,11 @@ class Recorded:
     weights: Any  # [T, L, K]
 
 
-def generate(model: Any, family: str, prompt: tuple[int, ...], new_tokens: int) -> Recorded:
-    """Greedy, through the model's own cache; every token fed is recorded, the last one too."""
+def generate(
+    model: Any, family: str, prompts: list[tuple[int, ...]], new_tokens: int
+) -> list[Recorded]:
+    """Greedy, through the model's own cache, prompts of one length beside each other; every token
+    fed is recorded, the last one too."""
     read = READ.get(family, TOP_K)
     heard: list[Any] = []
 
@@ -85,19 +88,26 @@ def generate(model: Any, family: str, prompt: tuple[int, ...], new_tokens: int) 
         heard.append((weights.float(), ids))
 
     handles = [router.register_forward_hook(hook) for router in routers_of(model, family)]
-    rows, ids, cache, fed = [], list(prompt), None, torch.tensor([prompt])
+    fed, cache = torch.tensor(prompts), None
+    ids, rows = [fed], []
     try:
         with torch.no_grad():
             for step in range(new_tokens + 1):
                 out = model(fed, past_key_values=cache, use_cache=True)
-                rows.append([torch.stack([h[i] for h in heard], 1) for i in (0, 1)])
+                rows.append([_by_sequence([h[i] for h in heard], fed) for i in (0, 1)])
                 heard.clear()
                 if step < new_tokens:
                     cache = out.past_key_values
-                    ids.append(int(out.logits[0, -1].argmax()))
-                    fed = torch.tensor([ids[-1:]])
+                    fed = out.logits[:, -1:].argmax(-1)
+                    ids.append(fed)
     finally:
         for handle in handles:
             handle.remove()
-    weights, chosen = (torch.cat([row[i] for row in rows]) for i in (0, 1))
-    return Recorded(tuple(ids), chosen.numpy(), weights.numpy())
+    weights, chosen = (torch.cat([row[i] for row in rows], 1).numpy() for i in (0, 1))
+    tokens = torch.cat(ids, 1).tolist()
+    return [Recorded(tuple(t), c, w) for t, c, w in zip(tokens, chosen, weights, strict=True)]
+
+
+def _by_sequence(routers: list[Any], fed: Any) -> Any:
+    """Rows [B × T, K] of each router as [B, T, L, K]."""
+    return torch.stack([rows.view(*fed.shape, -1) for rows in routers], 2)
