@@ -22,9 +22,11 @@ PAGES = (
     "docs/adding-a-family.md",
     "docs/balance.md",
     "docs/check.md",
+    "docs/diagnose.md",
     "docs/families.md",
     "docs/keys.md",
     "docs/performance.md",
+    "docs/traces.md",
     "docs/quantised.md",
     "docs/variants.md",
 )
@@ -160,6 +162,91 @@ def variants() -> str:
     )
 
 
+def faults() -> str:
+    from moescope.variants import CATALOGUE, FAULTS
+
+    forms = {name: [v for v in CATALOGUE.values() if v.reported == name] for name in FAULTS}
+    seen = {"routing": "in the routing", "downstream": "in the layers after", "none": "not at all"}
+    return table(
+        ("fault", "forms", "shows", "signature", "fix"),
+        (
+            (
+                f"`{name}`",
+                ", ".join(f"`{v.name}`" for v in held) if len(held) > 1 else "",
+                seen[held[0].seen],
+                str(held[0].signature) if held[0].seen == "routing" else "",
+                held[0].fix,
+            )
+            for name, held in forms.items()
+        ),
+    )
+
+
+def _diagnosed() -> list[dict[str, Any]]:
+    """The committed results of `make diagnosis`."""
+    paths = sorted((ROOT / "tests/diagnosis/results").glob("*.json"))
+    return [row for path in paths for row in json.loads(path.read_text())["rows"]]
+
+
+def _outcomes(rows: list[dict[str, Any]], level: str) -> str:
+    held = [row[level]["outcome"] for row in rows]
+    named, silent = held.count("named"), held.count("no trace")
+    return f"{named}, {silent}, {len(held) - named - silent}"
+
+
+def diagnosis() -> str:
+    rows = _diagnosed()
+    lines = []
+    for family in sorted({row["family"] for row in rows}):
+        own = [row for row in rows if row["family"] == family]
+        patched = [row for row in own if row["fault"]]
+        sizes = [len(row["weights"]["class"]) for row in patched if row["weights"]["class"]]
+        clean = [row[level]["outcome"] for row in own if not row["fault"] for level in _LEVELS]
+        lines.append(
+            (
+                f"`{family}`",
+                str(len({row["fault"] for row in patched})),
+                *(
+                    _outcomes([row for row in patched if row["dtype"] == dtype], level)
+                    for level in _LEVELS
+                    for dtype in ("float32", "bfloat16")
+                ),
+                f"{max(sizes, default=0)} ({_median(sizes)})",
+                f"{clean.count('correct')} of {len(clean)}",
+            )
+        )
+    head = (
+        *("family", "faults", "weights, float32", "weights, bfloat16", "order, float32"),
+        *("order, bfloat16", "largest class (median)", "unpatched: routed correctly"),
+    )
+    return table(head, lines)
+
+
+_LEVELS = ("weights", "order")
+
+
+def _median(sizes: list[int]) -> str:
+    from statistics import median
+
+    return f"{median(sizes):g}" if sizes else "-"
+
+
+def diagnosis_faults() -> str:
+    rows = [row for row in _diagnosed() if row["fault"]]
+    order = {row["fault"]: None for row in rows}
+    return table(
+        ("fault", "families", "with weights", "in rank order"),
+        (
+            (
+                f"`{fault}`",
+                str(len({row["family"] for row in rows if row["fault"] == fault})),
+                *(_outcomes([r for r in rows if r["fault"] == fault], level) for level in _LEVELS),
+            )
+            for fault in order
+        ),
+    )
+
+
 FIRST_KEYS = (
     *("pause", "step", "back", "layer_up", "layer_down", "pick_left", "pick_right", "token_back"),
     *(
@@ -238,6 +325,16 @@ def tolerances() -> str:
     )
 
 
+def lint() -> str:
+    """The rules, from the first sentence of their docstrings."""
+    from moescope.trace.lint_rules import RULES
+
+    return table(
+        ("rule", "what it looks for"),
+        ((f"`{rule.__name__}`", _line(rule.__doc__ or "")) for rule in RULES),
+    )
+
+
 def _line(text: str) -> str:
     return " ".join(text.split()).rstrip(".")
 
@@ -270,12 +367,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantised": quantised,
     "balance": balance,
     "tolerances": tolerances,
+    "lint": lint,
     "cpu": cpu,
     "families": families,
     "family_table": family_table,
     "family_notes": family_notes,
     "conformance": conformance,
     "variants": variants,
+    "faults": faults,
+    "diagnosis": diagnosis,
+    "diagnosis_faults": diagnosis_faults,
     "keys": all_keys,
     "first_keys": first_keys,
 }
