@@ -44,7 +44,10 @@ def collect(call: Call, logits: Tensor, record: RecordLevel) -> StepOutput:
     return StepOutput(
         logits=logits.float().cpu().numpy(),
         expert_ids=ids,
-        **{name: own(name) for name in ("score_sum", "mass", "entropy", "margin")},
+        score_sum=own("score_sum"),
+        mass=own("mass"),
+        entropy=own("entropy"),
+        margin=own("margin"),
         runner_up=own("runner_up", np.int16),
         weights=own("weights") if wanted else None,
         scores=own("scores") if wanted else None,
