@@ -27,6 +27,8 @@ VERBS: dict[str, str] = {
     "variants": "list router variants, and what each would change for a model",
     "check": "compare a model's routing with a golden trace, for CI",
     "balance": "how evenly a trace uses its experts, and what chance alone would show",
+    "lint": "look for what is wrong with a trace: lost ranks, cut ids, impossible sums",
+    "diff": "compare two traces of the same text",
     "convert": "turn a trace into Parquet, CSV or JSONL, and back",
     "replay": "open a recorded trace on the screen; needs no model",
     "doctor": "versions, devices, terminal and folders, for bug reports",

@@ -35,15 +35,20 @@ def lines(outcome: CompareRun, how: Mapping[str, str]) -> list[str]:
     fed = FED.get(how["mode"]) or FED.get(how["text"]) or f"same tokens: {how['text']}"
     for comparison in outcome.comparisons:
         found.append(f"\n{letter(comparison.lane_a)} and {letter(comparison.lane_b)}: {fed}")
-        found += [f"   {label:<34} {value}" for label, value in _rows(comparison)]
-        found += _layers(comparison)
+        found += comparison_lines(comparison)
     if outcome.gate_rows is not None:
         found += _gate_rows(outcome.gate_rows)
     return found
 
 
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """How far two lanes agree, and layer by layer."""
+    rows = [f"   {label:<34} {value}" for label, value in _rows(comparison)]
+    return rows + _layers(comparison)
+
+
 def letter(lane: int) -> str:
-    return "ABCDEFGH"[lane]
+    return "ABCDEFGH"[lane] if 0 <= lane < 8 else str(lane)
 
 
 def _rows(found: Comparison) -> list[tuple[str, str]]:
@@ -58,7 +63,8 @@ def _rows(found: Comparison) -> list[tuple[str, str]]:
     if found.flips:
         decisions = sum(router.tokens for router in found.same_ids.routers)
         rows.append(("flips, on the same tokens", f"{found.flips} of {decisions}"))
-        rows.append(("   because of", _causes(found.causes)))
+        if set(found.causes) != {""}:
+            rows.append(("   because of", _causes(found.causes)))
         rows.append(("   by margin of A, share that flips", _margins(found)))
     if found.kl_tokens:
         rows.append(("KL of the next token, mean", f"{_small(found.kl_mean)} nats"))
