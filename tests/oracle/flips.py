@@ -1,0 +1,233 @@
+"""What each field of a spec is turned to; and the fields that no comparison can see flipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Turn = Callable[[Any], Any]
+
+
+def to(value: Any) -> Turn:
+    return lambda old: value
+
+
+def other(**others: Any) -> Turn:
+    """What a word becomes; words that are not named stay."""
+    return lambda old: others.get(old, old)
+
+
+SCORES = other(softmax="sigmoid", sigmoid="softmax", sqrtsoftplus="sigmoid", sparsemixer="softmax")
+ACTIVATIONS = other(
+    silu="gelu_tanh", gelu="silu", gelu_tanh="silu", relu2="silu", swiglu_oai="silu"
+)
+
+# `Class.field` -> what it is turned to where it is off its default; several, by what they are.
+FLIPS: dict[str, dict[str, Turn]] = {
+    "DecoderSpec.final_norm": {"none": to(None)},
+    "DecoderSpec.embedding_scale": {"one": to(1.0)},
+    "DecoderSpec.logit_scale": {"one": to(1.0)},
+    "DecoderSpec.logit_softcap": {"none": to(0.0)},
+    "DecoderSpec.head_bias": {"none": to(False)},
+    "DecoderSpec.norm_head": {"none": to(False)},
+    "Layer.learned_scale": {"none": to(False)},
+    "Branch.pre_norm": {"none": to(None)},
+    "Branch.post_norm": {"none": to(None)},
+    "Branch.multiplier": {"one": to(1.0)},
+    "Branch.keeps": {"one": to(1.0)},
+    "Branch.reads": {"the residual": to("residual")},
+    "Branch.adds_to": {"the residual": to("residual")},
+    "Norm.eps": {"large": to(0.05)},
+    "Norm.kind": {"another": other(rms_zero_centred="rms", layer="rms", l2="layer")},
+    "Norm.bias": {"none": to(False)},
+    "Norm.gate_rank": {"none": to(0)},
+    "Rope.theta": {"larger": lambda theta: theta * 3.1},
+    "Rope.style": {"half": to("half")},
+    "Rope.scaling": {"none": to(None)},
+    "RopeScaling.factor": {"smaller": lambda factor: factor * 0.75},
+    "RopeScaling.original_context": {"four times": lambda context: context * 4},
+    "RopeScaling.attention_factor": {"one": to(1.0)},
+    "RopeScaling.beta_fast": {"usual": to(32.0)},
+    "RopeScaling.beta_slow": {"usual": to(1.0)},
+    "RopeScaling.truncate": {"true": to(True)},
+    "RopeScaling.low_freq_factor": {"usual": to(1.0)},
+    "RopeScaling.high_freq_factor": {"usual": to(4.0)},
+    "RopeScaling.kind": {
+        "another": other(
+            linear="alpha", yarn="linear", llama3="linear", alpha="linear", proportional="linear"
+        )
+    },
+    "RopeScaling.short_factor": {"ones": lambda factors: (1.0,) * len(factors)},
+    "RopeScaling.long_factor": {"ones": lambda factors: (1.0,) * len(factors)},
+    "RopeScaling.short_mscale": {"none": to(0.0)},
+    "RopeScaling.long_mscale": {"none": to(0.0)},
+    "RopeScaling.rotated_dims": {"half of them": lambda dims: dims // 2},
+    "Attention.scale": {"larger": lambda scale: scale * 1.4},
+    "Attention.rope": {"none": to(None)},
+    "Attention.window": {"none": to(0), "one more": lambda window: window + 1},
+    "Attention.chunk": {"none": to(0), "one more": lambda chunk: chunk + 1},
+    "Attention.qkv_bias": {"none": to(False)},
+    "Attention.out_bias": {"none": to(False)},
+    "Attention.qk_norm": {"none": to(None)},
+    "Attention.qk_norm_after_rope": {"before": to(False)},
+    "Attention.v_norm": {"none": to(None)},
+    "Attention.clip_qkv": {"none": to(None)},
+    "Attention.sinks": {"none": to(False)},
+    "Attention.softcap": {"none": to(0.0)},
+    "Attention.gate": {
+        "another": other(
+            sigmoid="none",
+            softplus="sigmoid",
+            sigmoid_per_head="softplus_per_head",
+            softplus_per_head="sigmoid_per_head",
+        )
+    },
+    "Attention.value_scale": {"one": to(1.0)},
+    "Attention.temperature_scale": {"none": to(0.0)},
+    "Attention.temperature_floor": {"twice": lambda floor: floor * 2},
+    "Attention.temperature_kind": {"log": to("log")},
+    "Attention.gate_bias": {"none": to(False)},
+    "MLA.scale": {"larger": lambda scale: scale * 1.4},
+    "MLA.latent_norm": {"none": to(None)},
+    "MLA.q_latent_norm": {"none": to(None)},
+    "MLA.q_latent_scale": {"one": to(1.0)},
+    "MLA.kv_latent_scale": {"one": to(1.0)},
+    "MLA.rope": {"none": to(None)},
+    "MLA.bias": {"none": to(False)},
+    "MLA.temperature_scale": {"none": to(0.0)},
+    "MLA.temperature_floor": {"twice": lambda floor: floor * 2},
+    "MLA.indexer": {"none": to(None)},
+    "Indexer.topk": {"one more": lambda topk: topk + 1},
+    "Indexer.rope": {"none": to(None)},
+    "RoutedAttention.scale": {"larger": lambda scale: scale * 1.4},
+    "RoutedAttention.rope": {"none": to(None)},
+    "RoutedAttention.output_bias": {"none": to(False)},
+    "LinearAttention.out_gate": {"silu": to("silu")},
+    "LinearAttention.decay_floor": {"softplus": to(0.0)},
+    "StateSpace.inner_norms": {"none": to(None)},
+    "StateSpace.dt_floor": {"higher": lambda floor: floor + 0.5},
+    "StateSpace.dt_ceiling": {"none": to(float("inf"))},
+    "StateSpace.bias": {"none": to(False)},
+    "ShortConv.bias": {"none": to(False)},
+    "MLP.activation": {"another": ACTIVATIONS},
+    "MLP.bias": {"none": to(False)},
+    "MLP.limit": {"none": to(0.0)},
+    "MLP.limit_site": {"before": to("before")},
+    "MLP.alpha": {"one": to(1.0)},
+    "MLP.up_shift": {"none": to(0.0)},
+    "Experts.activation": {"another": ACTIVATIONS},
+    "Experts.bias": {"none": to(False)},
+    "Experts.limit": {"none": to(0.0)},
+    "Experts.limit_site": {"before": to("before")},
+    "Experts.alpha": {"one": to(1.0)},
+    "Experts.up_shift": {"none": to(0.0)},
+    "MoE.output_bias": {"none": to(False)},
+    "RouterPolicy.num_experts_per_tok": {
+        "one more": lambda count: count + 1,
+        "one less": lambda count: count - 1,
+    },
+    "RouterPolicy.router_logit_scale": {"one": to(1.0)},
+    "RouterPolicy.router_logit_softcapping": {"none": to(0.0)},
+    "RouterPolicy.score_order": {"score first": to("score_then_topk")},
+    "RouterPolicy.router_jitter_noise": {"none": to(0.0)},
+    "RouterPolicy.correction_bias": {"none": to("none")},
+    "RouterPolicy.topk_group": {"one more": lambda count: count + 1},
+    "RouterPolicy.group_score": {"another": other(max="top2_sum", top2_sum="max")},
+    "RouterPolicy.group_mask_fill": {"another": to("-inf")},
+    "RouterPolicy.norm_p": {"one": to(1.0)},
+    "RouterPolicy.per_expert_scale": {"none": to(False)},
+    "RouterPolicy.routed_scaling_factor": {"one": to(1.0)},
+    "RouterPolicy.scale_site": {"weights": to("weights")},
+    "RouterWiring.router_input": {"normed": to("normed")},
+    "RouterWiring.gate_bias": {"none": to(False)},
+    "RouterWiring.null_expert_kind": {"another": other(identity="skip", skip="identity")},
+    "RouterWiring.shared_expert_gate": {"none": to("none")},
+    "RouterWiring.shared_combination": {"add": to("add")},
+    "RouterWiring.apply_router_weight_on_input": {"on the output": to(False)},
+}
+
+# Fields that no float32 comparison can flip, and why.
+EXEMPT: dict[str, str] = {
+    "DecoderSpec.vocab_size": "a shape: another value does not load",
+    "DecoderSpec.hidden": "a shape",
+    "DecoderSpec.layers": "a shape",
+    "DecoderSpec.context": "how long a lane may grow; changes no number",
+    "DecoderSpec.tied_head": "another value does not load",
+    "DecoderSpec.carried": "names",
+    "Layer.branches": "holds the branches",
+    "Branch.name": "a name",
+    "Branch.operator": "holds the operator",
+    "Norm.width": "a shape",
+    "Norm.weight": "a tensor: another value does not load",
+    "Norm.applies": "rounding: seen in bfloat16 only",
+    "Rope.dims": "a shape, where it is not part of a head",
+    "Rope.applies": "rounding: seen in bfloat16 only",
+    "Rope.sections": "positions of text are equal on every axis",
+    "Attention.hidden": "a shape",
+    "Attention.heads": "a shape",
+    "Attention.kv_heads": "a shape",
+    "Attention.head_dim": "a shape",
+    "Attention.v_head_dim": "a shape",
+    "Attention.kv_norm": "goes with qk_norm",
+    "Attention.float32_scores": "rounding: seen in bfloat16 only",
+    "Attention.qk_norm_over": "a shape",
+    "Attention.gate": "a shape where it is in the queries' projection, else turned",
+    "Attention.keys_are_values": "a shape",
+    "MLA.hidden": "a shape",
+    "MLA.heads": "a shape",
+    "MLA.kv_lora_rank": "a shape",
+    "MLA.q_lora_rank": "a shape",
+    "MLA.nope_dim": "a shape",
+    "MLA.rope_dim": "a shape",
+    "MLA.v_dim": "a shape",
+    "MLA.q_reads_raw": "a shape",
+    "MLA.gate": "a shape",
+    "Indexer.heads": "a shape",
+    "Indexer.head_dim": "a shape",
+    "Indexer.norm": "its fields are turned",
+    "MLP.hidden": "a shape",
+    "MLP.width": "a shape",
+    "MLP.glu": "a shape",
+    **{
+        f"LinearAttention.{name}": "a shape"
+        for name in ("hidden", "key_heads", "value_heads", "key_dim", "value_dim", "conv_kernel")
+    },
+    "LinearAttention.kind": "another kind holds other tensors",
+    "LinearAttention.gate_rank": "a shape",
+    "LinearAttention.out_norm": "its eps is turned",
+    **{
+        f"StateSpace.{name}": "a shape"
+        for name in ("hidden", "inner", "state_size", "conv_kernel", "heads", "head_dim")
+    },
+    "StateSpace.kind": "another kind holds other tensors",
+    "StateSpace.groups": "a shape",
+    "StateSpace.dt_rank": "a shape",
+    "StateSpace.conv_bias": "a tensor: another value does not load",
+    "StateSpace.gated_norm": "its eps is turned",
+    "ShortConv.hidden": "a shape",
+    "ShortConv.kernel": "a shape",
+    "RoutedAttention.hidden": "a shape",
+    "RoutedAttention.router": "holds the router",
+    "RoutedAttention.kv_heads": "a shape",
+    "RoutedAttention.head_dim": "a shape",
+    "MoE.hidden": "a shape",
+    "MoE.router": "holds the router",
+    "MoE.experts": "holds the experts",
+    "MoE.router_norm": "its eps is turned",
+    "MoE.sums_in_float32": "rounding: seen in bfloat16 only",
+    "Experts.width": "a shape",
+    "Experts.glu": "a shape",
+    "Experts.hidden": "a shape",
+    "RouterSpec.policy": "holds the policy",
+    "RouterSpec.wiring": "holds the wiring",
+    "RouterPolicy.logits_dtype": "rounding: seen in bfloat16 only",
+    "RouterPolicy.score_dtype": "rounding: seen in bfloat16 only",
+    "RouterPolicy.correction_bias_dtype": "rounding: seen in bfloat16 only",
+    "RouterPolicy.norm_eps": "as small as rounding",
+    "RouterPolicy.norm_eps_mode": "sums of scores are far from the eps",
+    "RouterWiring.num_experts": "a shape",
+    "RouterWiring.num_null_experts": "a shape",
+    "RouterWiring.router_dtype": "rounding: seen in bfloat16 only",
+    "RouterWiring.combine_dtype": "rounding: seen in bfloat16 only",
+    "RouterWiring.moe_latent_size": "a shape",
+}
