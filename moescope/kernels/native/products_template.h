@@ -71,28 +71,35 @@ MK_INLINE TARGET void NAME(tile)(const int R, const int N, const WEIGHT *w, size
         NAME(tile)(2, N_, w + (size_t)r * stride, stride, cols, x, y, r);                     \
     if (r < last) NAME(tile)(1, N_, w + (size_t)r * stride, stride, cols, x, y, r);
 
+#define EACH(N_)                                                                              \
+    for (; r < last; r++)                                                                     \
+        NAME(tile)(1, N_, w + (size_t)r * stride, stride, cols, x, y, r);
+
 /* Rows `first` to `last` times at most MK_TILE vectors. */
 static TARGET void NAME(few)(const WEIGHT *w, size_t stride, int first, int last, int cols,
                              const INPUT *const *x, int lanes, float *const *y) {
     int r = first;
     switch (lanes) {
-    case 1: /* one row after the other: memory is read as one stream, twice as fast as two */
-        for (; r < last; r++) NAME(tile)(1, 1, w + (size_t)r * stride, stride, cols, x, y, r);
+    /* one row after the other: memory is read as one stream, twice as fast as two */
+    case 1: EACH(1) break;
+    case 2: EACH(2) break;
+    /* three and four vectors of floats leave no room in L1 for rows to pass through: fewer loads */
+    case 3:
+        if (sizeof(INPUT) == 2) { EACH(3) } else { PAIRS(3) }
         break;
-    case 2:
-        for (; r < last; r++) NAME(tile)(1, 2, w + (size_t)r * stride, stride, cols, x, y, r);
+    default:
+        if (sizeof(INPUT) == 2) { EACH(4) } else { PAIRS(4) }
         break;
-    case 3: PAIRS(3) break;
-    default: PAIRS(4) break;
     }
 }
 #undef PAIRS
+#undef EACH
 
 /* More vectors than a tile holds read a block of rows again, from L2. */
 static TARGET void NAME(rows)(const void *weight, size_t stride, int rows, int cols,
                               const void *const *given, int lanes, float *const *y) {
     const INPUT *const *x = (const INPUT *const *)given;
-    int block = lanes <= MK_TILE ? rows : 16;
+    int block = lanes <= MK_TILE ? rows : 32;
     for (int first = 0; first < rows; first += block) {
         int last = rows - first < block ? rows : first + block;
         for (int n = 0; n < lanes; n += MK_TILE)

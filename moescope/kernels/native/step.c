@@ -137,7 +137,8 @@ static void lay_out_scratch(mk_scratch *scratch, arena *a, size_t lanes, const s
 /* Places everything; called once to count and once to do it. */
 static void lay_out(mk_step *s, arena *a, const sizes *z, const int32_t *widths, int buffers) {
     size_t lanes = (size_t)s->lanes, entries = lanes * (size_t)s->width;
-    s->packed_stride = mk_padded(z->widest) * sizeof(float);
+    /* the rows of lanes are read side by side: they shall not fall on the same lines of L1 */
+    s->packed_stride = mk_padded(z->widest) * sizeof(float) + 13 * 64;
     s->inner_stride = mk_padded(z->inner);
     s->part_stride = mk_padded(z->outer);
     s->classes_stride = mk_padded(z->classes);
