@@ -117,7 +117,7 @@ def _mlx() -> str:
     import mlx.core as mx
 
     if not mx.metal.is_available():
-        return f"no Metal; runs on the CPU when asked for, slowly (mlx {mx.__version__})"
+        return "no Metal; runs on the CPU where asked for, slowly"
     facts = mx.device_info()
     most = int(facts.get("max_recommended_working_set_size", 0)) / 1e9
     return f"{facts.get('device_name', 'Metal')}; {most:.1f} GB for models"
