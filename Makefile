@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 NATIVE := $(wildcard moescope/kernels/native/*)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: run test check conformance bench gpu metal shots clean
+.PHONY: run test check conformance diagnosis bench gpu metal shots clean
 
 run: .venv/.run
 	@$(BIN)/moescope
@@ -25,6 +25,11 @@ check: .venv/.test
 # FAMILY=gpt_oss,mixtral runs some of it.
 conformance: .venv/.test
 	FAMILY=$(FAMILY) $(PYTEST) -m conformance tests/oracle
+
+# Every known fault in every family, patched into transformers and diagnosed; rewrites the committed
+# results. Two hours on one core.
+diagnosis: .venv/.test
+	$(PYTEST) -m conformance tests/diagnosis
 
 # Against peers on this CPU; twenty minutes on two cores that do nothing else. BENCH_ARGS reaches
 # the program: --quick, --resume, --folder DIR (keeps the weights), --steps decode,lanes.

@@ -11,10 +11,14 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help="a .moetrace file")
+    parser.add_argument(
+        "--model", metavar="MODEL", default="", help="its checkpoint: d names the router"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from moescope.demo import TRACE
     from moescope.ui.app import run as run_app
 
-    return run_app(None, replay=Path(args.file) if args.file else TRACE)
+    beside = args.model or ("" if args.file else "demo")
+    return run_app(None, replay=Path(args.file) if args.file else TRACE, beside=beside)

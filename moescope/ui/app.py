@@ -52,9 +52,11 @@ def run(
     *,
     prompt: str = "",
     sampling: Sampling | None = None,
+    beside: str = "",
 ) -> int:
     """Open the screen on a model, a recorded trace, or (both None) the embedded demo model, and
-    begin with `prompt` if there is one. Returns the exit code. Raises MoescopeError where a trace
+    begin with `prompt` if there is one. `beside` is the model of the trace, for a diagnosis.
+    Returns the exit code. Raises MoescopeError where a trace
     cannot be read."""
     request = request or LoadRequest(model=str(CHECKPOINT))
     # Engines are started from a thread of ordinary priority: a child inherits its starter's.
@@ -63,7 +65,9 @@ def run(
         with contextlib.suppress(OSError, AttributeError):
             os.nice(NICENESS)
         if replay is not None:
-            app = MoescopeApp(open_watch(None, replay, starter))
+            watch = open_watch(None, replay, starter)
+            watch.model = beside
+            app = MoescopeApp(watch)
         else:
             begin = partial(first_watch, request, starter, prompt, sampling)
             app = MoescopeApp(None, begin=begin, name=_short(request.model))

@@ -99,7 +99,11 @@ MAIN = (
             for letter in "ABCDEFGH"
         ),
     ),
-    *when("replay", Key("mark", "m", "mark", "Bookmark", "Mark this token, or unmark it.")),
+    *when(
+        "replay",
+        Key("mark", "m", "mark", "Bookmark", "Mark this token, or unmark it."),
+        Key("diagnose", "d", "diagnose", "Diagnose", "Name the router that made this trace."),
+    ),
     Key("open", "o", "open", "Open", "Another model, or a trace."),
     Key("slower", "less_than_sign", "speed(-1)", "Slower", "Tokens at a reading pace.", shown="<"),
     Key("faster", "greater_than_sign", "speed(1)", "Faster", "Up to full speed.", shown=">"),

@@ -59,6 +59,7 @@ class Watch:
         self.demo = False  # the embedded model: starts by itself
         self.opening = ""  # a prompt to begin with
         self.trace_path: Path | None = None
+        self.model = ""  # the checkpoint beside a trace, where it is known
         self.private = True  # the trace is deleted on a clean exit unless saved
         self.saved = 0  # frames that were in the trace when it was saved
         self.version = 0  # goes up whenever anything above changed

@@ -347,6 +347,32 @@ class MainKeys(Screen[None]):
         if self.look.at >= 0:
             self.app.push_screen(BalanceScreen(self), lambda _: self.draw())  # type: ignore[arg-type]
 
+    def action_diagnose(self) -> None:
+        """Ask which model the trace is of, once; the verdict comes when it comes."""
+        from moescope.ui.diagnosing import ASKED
+        from moescope.ui.screens.dialogs import AskScreen
+
+        if self.subject.trace_path is None:
+            self.say("only a trace that is in a file can be diagnosed")
+        elif self.subject.model:
+            self.run_worker(self._diagnose(self.subject.model), exclusive=True, group="diagnose")
+        else:
+            self.app.push_screen(AskScreen("model", ASKED), self._with_model)
+
+    def _with_model(self, model: str | None) -> None:
+        if model:
+            self.subject.model = model
+            self.action_diagnose()
+
+    async def _diagnose(self, model: str) -> None:
+        from moescope.ui.diagnosing import verdict
+        from moescope.ui.screens.dialogs import MessageScreen
+
+        assert self.subject.trace_path is not None
+        self.say("diagnosing: a moment")
+        title, text = await verdict(self.subject.trace_path, model, self.look.lane_number)
+        self.app.push_screen(MessageScreen(title, text))
+
     def action_fork(self) -> None:
         """A lane that shares this one's tokens up to the cursor, under any lane expression."""
         from moescope.ui.screens.dialogs import AskScreen
