@@ -23,6 +23,8 @@ Level = Literal["weights", "order", "sets", "counts"]
 Tensors = Mapping[str, NDArray[Any]]
 TIE = 1e-5  # logits: what an exact tie, broken as the spec breaks it, counts as
 STEEP = 1e-6  # the flattest slope of a score that is told from a constant
+TRIED = 1e-3  # logits
+FLATTEST, STEEPEST = 0.1, 1e4  # slopes of weights that are believed
 STEPS = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 SMALL = 0.02  # of a row's mean weight: weights below it are compared to this
 
@@ -77,7 +79,7 @@ def differences(
             nothing = np.full(ids.shape, np.nan)
             return Differences(gaps, nothing, np.ones(ids.shape))
         given = weights_at(logits, ids, spec, tensors)
-        slopes = _slopes(chosen, spec.policy, ids)
+        slopes = _slopes(chosen, spec, tensors, logits, ids, weights)
         return Differences(gaps, _relative(weights, given, ids), slopes, _step(chosen, spec))
 
 
@@ -265,10 +267,7 @@ def _table_gaps(
 
 def _relative(recorded: NDArray[Any], given: F64, ids: NDArray[Any]) -> F64:
     used = (ids >= 0) & np.isfinite(recorded)
-    wide = np.where(used, np.abs(recorded.astype(np.float64)), 0.0)
-    mean = wide.sum(1, keepdims=True) / np.maximum(used.sum(1, keepdims=True), 1)
-    size = np.maximum(np.maximum(wide, SMALL * mean), 1e-30)
-    off = np.abs(recorded - given) / size
+    off = np.abs(recorded - given) / _size(recorded, used)
     return np.where(used, np.where(np.isfinite(off), off, np.inf), np.nan)
 
 
@@ -281,13 +280,50 @@ def _step(chosen: Selection, spec: RouterSpec) -> float:
     return max(STEPS[wiring.combine_dtype], STEPS[p.score_dtype], through_logits)
 
 
-def _slopes(chosen: Selection, p: RouterPolicy, ids: NDArray[Any]) -> F64:
-    """Relative change of a weight per unit of its logit, of the size it has; at least a tenth."""
-    safe = np.where((ids >= 0) & (ids < chosen.logits.shape[1]), ids, 0).astype(np.intp)
-    if p.weights_from == "logits":
-        return np.clip(1.0 / np.abs(np.take_along_axis(chosen.logits, safe, 1)), 0.1, 100.0)
+def _size(recorded: NDArray[Any], used: NDArray[np.bool_]) -> F64:
+    """What a recorded weight is compared to: itself, or some of its row's mean."""
+    wide = np.where(used, np.abs(recorded.astype(np.float64)), 0.0)
+    mean = wide.sum(1, keepdims=True) / np.maximum(used.sum(1, keepdims=True), 1)
+    size: F64 = np.maximum(np.maximum(wide, SMALL * mean), 1e-30)
+    return size
+
+
+def _slopes(
+    chosen: Selection,
+    spec: RouterSpec,
+    tensors: Tensors,
+    logits: NDArray[Any],
+    ids: NDArray[Any],
+    recorded: NDArray[Any],
+) -> F64:
+    """Relative change of a weight per unit of error in the logits, of the size it has."""
+    p = spec.policy
+    if p.weights_from != "scores":
+        return _measured_slopes(spec, tensors, logits, ids, recorded)
     if p.scoring_func in ("softmax", "sparsemixer"):
         return np.ones(ids.shape)
+    safe = np.where((ids >= 0) & (ids < chosen.logits.shape[1]), ids, 0).astype(np.intp)
     score = np.take_along_axis(chosen.scores, safe, 1)
     slope = np.take_along_axis(_score_slope(chosen, p), safe, 1)
-    return np.clip(slope / np.maximum(score, STEEP), 0.1, 1.0)
+    return np.clip(slope / np.maximum(score, STEEP), FLATTEST, 1.0)
+
+
+def _measured_slopes(
+    spec: RouterSpec,
+    tensors: Tensors,
+    logits: NDArray[Any],
+    ids: NDArray[Any],
+    recorded: NDArray[Any],
+) -> F64:
+    """Sums of biased scores may be close to 0, and what is divided by them jumps: tried, with
+    errors of `TRIED` logits and without any rounding."""
+    exact = dict.fromkeys(("logits_dtype", "score_dtype", "correction_bias_dtype"), "float32")
+    smooth = spec.with_policy(**exact).with_wiring(combine_dtype="float32")
+    before = weights_at(logits, ids, smooth, tensors)
+    signs = np.random.default_rng(0).choice([-TRIED, TRIED], (2, *logits.shape))
+    moved = [weights_at(logits + sign, ids, smooth, tensors) - before for sign in signs]
+    change = np.sqrt(np.mean(np.square(moved), axis=0)) / TRIED
+    used = (ids >= 0) & np.isfinite(recorded)
+    steep = change / _size(recorded, used)
+    slopes: F64 = np.where(np.isfinite(steep), np.clip(steep, FLATTEST, STEEPEST), STEEPEST)
+    return slopes
