@@ -74,9 +74,10 @@ class MLXDecoder:
         self._in_force: dict[tuple[int, ...], InForce] = {}
         self._steps: dict[ops.Static, Step] = {}
         self.traced = 0  # how often a step's operations were written down anew
-        metal = any(mlx_ops.uses_metal(r.spec.E, min(r.spec.E, K_LIMIT)) for r in self.routers)
-        self.kernels = _kernels(weights, self.compiled, metal)
-        self.twin = "mlx operators" if metal else ""
+        metal = [mlx_ops.uses_metal(r.spec.E, min(r.spec.E, K_LIMIT)) for r in self.routers]
+        self._traces_fields = not all(metal)  # the Metal kernel reads policies whole
+        self.kernels = _kernels(weights, self.compiled, any(metal))
+        self.twin = "mlx operators" if any(metal) else ""
         self._slow_router, self._apart = False, Difference()
 
     def _here(self) -> None:
@@ -279,6 +280,7 @@ class MLXDecoder:
         WIDTH] that it reads."""
         tokens = ids.shape[1]
         starts = np.array([self._lengths[lane] for lane in lanes])
+        traced = self._traces_fields or self._slow_router
         static = ops.Static(
             lanes=lanes,
             tokens=tokens,
@@ -287,7 +289,7 @@ class MLXDecoder:
             picks=policies.picks,
             recorded=policies.recorded,
             gate_bits=policies.gate_bits,
-            fields=policies.fields,
+            fields=policies.fields if traced else frozenset(),
             scales_output=policies.scales_output,
             shadows=len(self._policies.shadows),
             keep_logits=keep_logits,

@@ -507,8 +507,8 @@ def test_every_familys_step_can_be_written_down(case: Any, folder: Path) -> None
 def test_the_compiled_step_is_the_plain_one_and_toggles_trace_nothing(
     folder: Path, tmp_path: Path
 ) -> None:
-    """The same numbers. Policies and positions are data of the step: it is written down once, and
-    once more where more experts are asked for than before."""
+    """The same numbers. Policies and positions are data of the step: it is written down once for
+    every number of experts."""
     path = tiny_checkpoint("olmoe", folder / "two", num_hidden_layers=2)
     plain, model = on_mlx(path), on_mlx(path)
     model.compiled = compiles()
@@ -523,8 +523,30 @@ def test_the_compiled_step_is_the_plain_one_and_toggles_trace_nothing(
             wanted = plain.run([0], token, record="logits")
             assert same(model.run([0], token, record="logits"), wanted, 0, 0, 2e-5)
             steps.append(model.traced)
-    assert steps == ([1, 1, 1, 1, 1, 2, 2] if compiles() else [1, 2, 3, 4, 5, 6, 7])
+    assert steps == ([1, 1, 1, 2, 2, 3, 3] if compiles() else [1, 2, 3, 4, 5, 6, 7])
     assert plain.traced == 7
+
+
+def test_what_a_step_is_compiled_for(folder: Path) -> None:
+    """The number of experts; and in plain operators also which steps of a policy there are: the
+    Metal kernel reads policies whole."""
+    model = fresh(folder)
+    trained = [router.spec.policy for router in model.routers]
+
+    def static(**edits: Any) -> Any:
+        model.set_policies(0, [replace(policy, **edits) for policy in trained])
+        policies = model._policies_of((0,))
+        return model._prepared((0,), IDS[:1, :1], policies, False, False)[0]
+
+    first = static()
+    assert static(norm_topk_prob=True, norm_eps=0.1) == first
+    assert static(scoring_func="sigmoid") != first
+    assert static(num_experts_per_tok=4) != first
+    model._traces_fields = False
+    first = static()
+    assert static(scoring_func="sigmoid", n_group=2, topk_group=1) == first
+    assert static(num_experts_per_tok=4) != first
+    assert static(scale_site="routed_output", routed_scaling_factor=2.0) != first
 
 
 # --- what it refuses ----------------------------------------------------------------------------
