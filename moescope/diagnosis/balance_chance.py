@@ -25,7 +25,7 @@ def expected_variation(tokens: int, num_experts: int, k: float) -> float:
     """
     if tokens <= 0:
         return math.nan
-    return math.sqrt((num_experts - k) / (k * tokens))
+    return math.sqrt(max(0.0, num_experts - k) / (k * tokens))
 
 
 def expected_max_violation(tokens: int, num_experts: int, k: float) -> float:
@@ -48,7 +48,7 @@ def expected_dead(tokens: int, num_experts: int, k: float) -> float:
 
     Formula: E (1 − K / E)^T.
     """
-    return num_experts * (1 - k / num_experts) ** tokens
+    return num_experts * max(0.0, 1 - k / num_experts) ** tokens
 
 
 def chi_square(variation: float, tokens: int, num_experts: int, k: float) -> float:

@@ -22,6 +22,7 @@ from moescope.diagnosis.forced import forced
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import single_line
 from moescope.trace.frames import PREFILL, RouterInfo
+from moescope.trace.measures import recorded_weights
 from moescope.trace.metadata import router_groups
 
 
@@ -220,8 +221,12 @@ def _sequence(trace: Trace, indices: NDArray[np.int64], number: int) -> Golden:
         token_ids=columns["token_id"],
         logprob=columns["logprob"].astype(np.float64),
         expert_ids=columns["expert_ids"],
-        weights=columns["weights"] if weighed and "weights" not in absent else None,
-        scores=columns["scores"] if weighed and "scores" not in absent else None,
+        weights=recorded_weights(columns["weights"], columns["expert_ids"])
+        if weighed and "weights" not in absent
+        else None,
+        scores=recorded_weights(columns["scores"], columns["expert_ids"])
+        if weighed and "scores" not in absent
+        else None,
         score_sum=columns["score_sum"],
         margin=columns["margin"],
         ranked=trace.meta.rank_ordered,

@@ -123,12 +123,13 @@ def compare(
         rows.ordered += same.sum(0)
         bad["order"] = same & ~_same_order(golden, ours, tolerance.margin, specs)
     if golden.weights is not None:
-        rows.weighed += same.sum(0)
+        weighed = same & np.isfinite(golden.weights).all(2)
+        rows.weighed += weighed.sum(0)
         sums, weights = _errors(golden, found, match)
-        rows.largest_sum = _larger(rows.largest_sum, sums, same)
-        rows.largest_weight = _larger(rows.largest_weight, weights, same)
-        bad["score_sum"] = same & ~(sums <= tolerance.score_sum)
-        bad["weights"] = same & ~(weights <= tolerance.weight)
+        rows.largest_sum = _larger(rows.largest_sum, sums, weighed)
+        rows.largest_weight = _larger(rows.largest_weight, weights, weighed)
+        bad["score_sum"] = weighed & ~(sums <= tolerance.score_sum)
+        bad["weights"] = weighed & ~(weights <= tolerance.weight)
     for kind, wrong in bad.items():
         rows.failed[kind] += wrong.sum(0)
         for router in np.flatnonzero(wrong.any(0)).tolist():

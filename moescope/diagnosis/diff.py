@@ -19,6 +19,7 @@ from moescope.diagnosis.compare import Comparison, Pairing, plain
 from moescope.diagnosis.rows import Rows
 from moescope.errors import ExitCode, MoescopeError
 from moescope.trace.frames import RouterInfo, TraceMeta
+from moescope.trace.measures import recorded_weights
 from moescope.trace.metadata import router_groups
 
 BLOCK = 512  # tokens compared at once
@@ -199,11 +200,12 @@ def _rows(trace: Trace, indices: NDArray[np.int64], places: Sequence[int]) -> Ro
     if ids.shape[1] <= max(places):
         raise MoescopeError("frames: expected a decision of every router", code=ExitCode.TRACE)
     weighed = meta.record != "ids" and "weights" not in meta.absent
+    weights = recorded_weights(column("weights"), ids) if weighed else None
     return Rows(
         position=column("position"),
         token_id=column("token_id"),
         expert_ids=ids[:, places],
-        weights=column("weights")[:, places] if weighed else None,
+        weights=None if weights is None else weights[:, places],
         score_sum=column("score_sum")[:, places],
         margin=column("margin")[:, places],
         kl=np.full(len(indices), np.nan),

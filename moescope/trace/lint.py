@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterSpec
+from moescope.trace import measures
 from moescope.trace.frames import Frame, RouterInfo, TraceMeta
 from moescope.trace.metadata import router_groups
 from moescope.variants import apply
@@ -147,7 +148,7 @@ def lanes_of(trace: Trace) -> Iterator[Rows]:
             )
         absent = trace.meta.absent
         weighed = trace.meta.record != "ids" and "weights" not in absent
-        weights = columns.pop("weights")
+        weights = measures.recorded_weights(columns.pop("weights"), columns["expert_ids"])
         variant = _variant(trace, indices)
         yield Rows(
             sequence=sequence,

@@ -61,6 +61,18 @@ def shared_picks(expert_ids: Ids) -> NDArray[np.int64]:
     return overlap(expert_ids[1:], expert_ids[:-1])
 
 
+def recorded_weights(weights: Floats, expert_ids: Ids) -> Floats | None:
+    """A column of weights as far as it was recorded: NaN in rows that are all 0 although experts
+    were chosen, which is what a column holds where a frame has none; None where none has any.
+    [T, L, K] -> [T, L, K]."""
+    if weights.shape != expert_ids.shape:
+        return None
+    missing = (weights == 0).all(axis=2) & (expert_ids >= 0).any(axis=2)
+    if missing[(expert_ids >= 0).any(axis=2)].all():
+        return None
+    return np.asarray(np.where(missing[..., None], np.nan, weights))
+
+
 def overlap(a: Ids, b: Ids) -> NDArray[np.int64]:
     """Experts that both picked, row by row. [..., K], [..., K'] -> [...]."""
     same = (a[..., :, None] == b[..., None, :]) & (a >= 0)[..., :, None]
