@@ -20,7 +20,7 @@ from moescope.engine.families import SUPPORTED
 from moescope.engine.layer_words import spans
 from moescope.engine.protocol import LoadRequest
 from moescope.errors import MoescopeError
-from tests.engine.packing import FORMS
+from tests.engine.packed_forms import FORMS
 from tests.engine.test_quantised_checkpoints import SHAPE, edit, stacked
 from tests.families import PUBLISHED
 from tests.tiny import tiny_checkpoint

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from moescope.engine import quantised
 from moescope.engine.quantised import numbers
 from moescope.engine.quantised.formats import FORMATS
-from tests.engine import packing
-from tests.engine.packing import FORMS, expanded, infos, made
+from tests.engine import packed_forms, packing
+from tests.engine.packed_forms import FORMS, expanded, infos, made
 
 
 def test_every_format_is_made_here() -> None:
@@ -41,7 +41,7 @@ def test_small_floats_by_definition(table: Any, value: Any) -> None:
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"])
 def test_small_floats_as_torch_has_them(dtype: str) -> None:
     bits = torch.arange(256, dtype=torch.uint8)
-    short = {"float8_e5m2": "F8_E5M2", **packing.DTYPES}[dtype]
+    short = {"float8_e5m2": "F8_E5M2", **packed_forms.DTYPES}[dtype]
     found = numbers.decode(short, bits.numpy().tobytes(), (256,))
     np.testing.assert_array_equal(found, bits.view(getattr(torch, dtype)).float().numpy())
 

@@ -17,7 +17,7 @@ from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.protocol import LoadRequest
 from moescope.engine.quantised import reading
 from tests.engine import packing
-from tests.engine.packing import FORMS, Form, made
+from tests.engine.packed_forms import FORMS, Form, made
 from tests.engine.test_load import peak_and_weights
 from tests.tiny import tiny_checkpoint
 

@@ -15,8 +15,7 @@ from moescope.engine import quantised
 from moescope.engine.quantised.formats import FORMATS
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import single_line
-from tests.engine import packing
-from tests.engine.packing import FORMS, expanded, infos, made
+from tests.engine.packed_forms import FORMS, compressed, expanded, infos, made, weights
 
 
 def refused(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
@@ -89,23 +88,26 @@ def test_hostile_companions_are_refused_from_headers(name: str) -> None:
             "quant_algo: expected one of NVFP4, found",
         ),
         ({"quant_method": "compressed-tensors"}, "config_groups: expected an object of groups"),
-        (packing.compressed("marlin-24", {}), "format: expected one of pack-quantized, float-quan"),
         (
-            packing.compressed("pack-quantized", packing.weights(4, "float", "group")),
+            compressed("marlin-24", {}),
+            "format: expected one of pack-quantized, float-quan",
+        ),
+        (
+            compressed("pack-quantized", weights(4, "float", "group")),
             'group_0.weights.type: expected one of int, found "float"',
         ),
         (
-            packing.compressed("pack-quantized", packing.weights(16, "int", "channel")),
+            compressed("pack-quantized", weights(16, "int", "channel")),
             "weights.num_bits: expected one of 2, 3, 4, 5, 6, 7, 8, found 16",
         ),
         (
-            packing.compressed("float-quantized", packing.weights(8, "float", "tensor", zp="x")),
+            compressed("float-quantized", weights(8, "float", "tensor", zp="x")),
             'weights.zp: expected no such key: what it asks for is not implemented, found "x"',
         ),
         (
-            packing.compressed(
+            compressed(
                 "float-quantized",
-                packing.weights(8, "float", "tensor"),
+                weights(8, "float", "tensor"),
                 transform_config={"config_groups": {"R1": {}}},
             ),
             "transform_config: expected nothing: sparse and transformed weights",
