@@ -28,6 +28,7 @@ from moescope.engine.mlx_limits import refuse_unsupported
 from moescope.engine.mlx_operators import record as records
 from moescope.engine.mlx_policies import InForce, in_force
 from moescope.engine.mlx_states import LaneStates, States
+from moescope.engine.outputs import merged
 from moescope.engine.rewind import Past
 from moescope.engine.steps import K_LIMIT, Policies
 from moescope.errors import ExitCode, MoescopeError
@@ -224,7 +225,7 @@ class MLXDecoder:
                 self._run((lane,), ids[n : n + 1], all_logits, record)
                 for n, lane in enumerate(lanes)
             ]
-            out = outs[0] if len(outs) == 1 else records.merged(outs)
+            out = outs[0] if len(outs) == 1 else merged(outs)
             mx.clear_cache()
         for lane, row in zip(lanes, ids, strict=True):
             self._lengths[lane] += ids.shape[1]

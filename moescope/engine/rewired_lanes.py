@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moescope.engine.decoder import MoE, RoutedAttention
 from moescope.engine.interpreter import Draw, StepOutput
+from moescope.engine.outputs import merged
 from moescope.errors import MoescopeError
 from moescope.kernels.spec import RouterPolicy
 from moescope.trace.frames import RecordLevel
@@ -89,7 +90,6 @@ class RewiredLanes:
                 lanes, token_ids, all_logits=all_logits, record=record, draws=draws
             )
             return out
-        from moescope.engine.torch_operators.record import merged
 
         outs = []
         for rows in groups.values():

@@ -30,10 +30,11 @@ from moescope.engine.decoder import (
 )
 from moescope.engine.interpreter import Draw, Router, StepOutput
 from moescope.engine.limits import refuse_unsupported
+from moescope.engine.outputs import merged
 from moescope.engine.rewind import Past
 from moescope.engine.router_twins import RouterTwins, backend_of
 from moescope.engine.steps import K_LIMIT, Policies, Shared, Step, fused_step
-from moescope.engine.torch_operators.record import collect, merged
+from moescope.engine.torch_operators.record import collect
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterPolicy, RouterSpec, Routing
 from moescope.kernels.twins import Difference

@@ -7,7 +7,6 @@ another: [L, R, P, columns]. Routers may differ in K and E; what is missing is f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
@@ -104,24 +103,3 @@ def apart(slow: Sequence[mx.array], kernel: Sequence[mx.array]) -> Difference:
         ids, weights = np.array(integers)[..., 1:], np.array(floats)[..., 4 : 4 + K]
         picks.append(Picks(ids.reshape(-1, K), weights.reshape(-1, K)))
     return difference(*picks)
-
-
-def merged(outs: Sequence[StepOutput]) -> StepOutput:
-    """Outputs of single lanes as one; lanes may differ in K."""
-
-    def joined(name: str) -> NDArray[Any] | None:
-        parts = [getattr(out, name) for out in outs]
-        if parts[0] is None:
-            return None
-        if name.endswith(("_ids", "weights", "scores")):
-            K = max(part.shape[-1] for part in parts)
-            fill = -1 if name.endswith("_ids") else 0
-            parts = [
-                np.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, K - p.shape[-1])], constant_values=fill)
-                for p in parts
-            ]
-        return np.concatenate(parts)
-
-    invalid = [out.invalid_router for out in outs if out.invalid_router is not None]
-    arrays = {f.name: joined(f.name) for f in fields(StepOutput) if f.name != "invalid_router"}
-    return StepOutput(**arrays, invalid_router=min(invalid, default=None))  # type: ignore[arg-type]

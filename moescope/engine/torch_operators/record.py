@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -72,24 +71,3 @@ def _aligned(parts: list[Tensor], name: str) -> list[Tensor]:
         part if part.shape[-1] == widest else F.pad(part, (0, widest - part.shape[-1]), value=fill)
         for part in parts
     ]
-
-
-def merged(outs: list[StepOutput]) -> StepOutput:
-    """Outputs of single lanes as one; lanes may differ in K."""
-
-    def joined(name: str) -> NDArray[Any] | None:
-        parts = [getattr(out, name) for out in outs]
-        if parts[0] is None:
-            return None
-        if name.endswith(("_ids", "weights", "scores")):
-            K = max(part.shape[-1] for part in parts)
-            fill = -1 if name.endswith("_ids") else 0
-            parts = [
-                np.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, K - p.shape[-1])], constant_values=fill)
-                for p in parts
-            ]
-        return np.concatenate(parts)
-
-    invalid = [out.invalid_router for out in outs if out.invalid_router is not None]
-    arrays = {f.name: joined(f.name) for f in fields(StepOutput) if f.name != "invalid_router"}
-    return StepOutput(**arrays, invalid_router=min(invalid, default=None))  # type: ignore[arg-type]
