@@ -132,6 +132,8 @@ def check_header(text: bytes, size: int, shard: str) -> Header:
 
 
 def _metadata(value: Any, shard: str) -> dict[str, str]:
+    if value is None:  # what MLX writes where there is none, and the library reads
+        return {}
     if type(value) is not dict or not all(type(item) is str for item in value.values()):
         raise bad(f"{shard}: __metadata__: expected an object of strings, found {shown(value)}")
     return value

@@ -55,6 +55,13 @@ def test_a_good_file_reads_as_the_library_reads_it() -> None:
         assert data[info.offset : info.offset + info.nbytes] == bytes(found["data"])
 
 
+def test_metadata_of_null_is_none() -> None:
+    """As MLX saves a file without any; the library reads it too."""
+    data = assemble({"__metadata__": None, **GOOD}, bytes(range(34)))
+    assert check(data).metadata == {}
+    assert {name for name, _ in deserialize(data)} == set(GOOD)
+
+
 def test_every_dtype_of_the_table_has_the_size_the_library_takes() -> None:
     for dtype, size in ITEM_BYTES.items():
         data = assemble(
