@@ -19,6 +19,7 @@ from moescope.diagnosis.decisions import weights_at
 from moescope.engine.decoder import Branch, DecoderSpec
 from moescope.engine.interpreter import Router
 from moescope.errors import ExitCode, MoescopeError
+from moescope.kernels.spec import RouterSpec
 from moescope.variants import parse
 
 CHUNK = 128  # tokens fed at once
@@ -136,24 +137,23 @@ def _built(model: Any, hypothesis: str, engine: Engine, first_router: bool) -> A
 
 
 def spec_in(model: Any, engine: Engine) -> DecoderSpec | None:
-    """The model's spec with the dtypes of an engine; None: as it was loaded."""
+    """The model's spec with the dtypes of an engine; None: as it was loaded. What a gate gives is
+    rounded as the engine's would be; its product stays ours, because rounding what it reads would
+    only add errors to the engine's own."""
     from moescope.engine import families
 
     loaded: DecoderSpec = model.interpreter.spec
     if engine.dtype in (None, model.interpreter.dtype):
         return None
-    built = families.build(model.checkpoint.config)
     assert engine.dtype is not None
-    spec = families.resolved(built, engine.dtype)
-    if not engine.combine_only:
-        return spec
-    combined = {(layer, name): r.wiring.combine_dtype for layer, name, r in spec.routers()}
+    built = families.build(model.checkpoint.config)
+    named = {(layer, name): router for layer, name, router in built.routers()}
 
     def of(layer: int, branch: Branch) -> Branch:
         operator: Any = branch.operator
-        if (layer, branch.name) not in combined:
+        if (layer, branch.name) not in named:
             return branch
-        router = operator.router.with_wiring(combine_dtype=combined[layer, branch.name])
+        router = _rounded(operator.router, named[layer, branch.name], engine)
         return replace(branch, operator=replace(operator, router=router))
 
     layers = tuple(
@@ -161,6 +161,22 @@ def spec_in(model: Any, engine: Engine) -> DecoderSpec | None:
         for number, layer in enumerate(loaded.layers)
     )
     return replace(loaded, layers=layers)
+
+
+def _rounded(loaded: RouterSpec, built: RouterSpec, engine: Engine) -> RouterSpec:
+    """`loaded` with what `built` calls `model` rounded as an engine does."""
+    assert engine.dtype is not None
+    theirs = built.resolved(engine.dtype)
+    combined = loaded.with_wiring(combine_dtype=theirs.wiring.combine_dtype)
+    if engine.combine_only:
+        return combined
+    policy = {
+        name: getattr(theirs.policy, name)
+        for name in ("score_dtype", "correction_bias_dtype", "logits_dtype")
+    }
+    if built.wiring.router_dtype == "model":
+        policy["logits_dtype"] = engine.dtype
+    return combined.with_policy(**policy)
 
 
 def _routers_of(decoder: Any) -> list[Any]:

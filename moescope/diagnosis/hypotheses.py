@@ -59,19 +59,12 @@ class Hypothesis:
         """Whether it only rounds what these routers round already. Specs are an engine's."""
         if self.edits.decoder:
             return False
-        return all(_once(apply(self.edits, r.spec, r.layer)).equal(_once(r.spec)) for r in routers)
+        return all(apply(self.edits, r.spec, r.layer).equal(r.spec) for r in routers)
 
     def __and__(self, other: Hypothesis) -> Hypothesis:
         return Hypothesis(
             (*self.names, *other.names), str(parse(f"{self.expression}/{other.expression}"))
         )
-
-
-def _once(spec: RouterSpec) -> RouterSpec:
-    """Without the rounding of logits that come rounded from the gate."""
-    if spec.policy.logits_dtype == spec.wiring.router_dtype:
-        return spec.with_policy(logits_dtype="float32")
-    return spec
 
 
 TRAINED = Hypothesis((), "trained")

@@ -266,6 +266,19 @@ def spread(logits: NDArray[Any]) -> F64:
     return found
 
 
+def fairer(case: Case, best: Candidate) -> Case | None:
+    """The case with another dtype of the engine, in which the trained router fits all routers as
+    well as `best` does in this one; None where there is none."""
+    noise = float(best.fit.scale[0])
+    found = []
+    for engine in engines(case.model.interpreter.dtype, case.evidence.dtype):
+        if engine != case.engine and _may_be(engine, noise):
+            other = replace(case, engine=engine)
+            found.append((other.fitted(other.predicted(TRAINED)).total, other))
+    top = max(found, key=lambda pair: pair[0], default=(-math.inf, None))
+    return top[1] if top[0] >= best.nats - FAIR else None
+
+
 def _may_be(engine: Engine, noise: float) -> bool:
     """Whether noise of this scale is what the dtype of an engine leaves."""
     least, most = NOISE_OF[engine.dtype or "float32"]

@@ -86,6 +86,9 @@ def diagnose(
     tried = [TRAINED, *hypotheses.singles(model.interpreter.spec)]
     case, firsts = search.settle(model, evidence, tried)
     ranked = search.through_the_model(case, search.survivors(firsts), watch)
+    if ranked[0].hypothesis is not TRAINED and (fairer := search.fairer(case, ranked[0])):
+        case = fairer
+        ranked = search.through_the_model(case, [c.hypothesis for c in ranked], watch)
     trained = case.predicted(TRAINED)
     judge = _Judge(case, trained, ranked, tried)
     if not judge.holds(ranked[0]):
