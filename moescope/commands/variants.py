@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from moescope import variants
 
-    spec = _first_router(args.model) if args.model else None
+    spec = _decoder(args.model) if args.model else None
     rows = [_row(variant, spec) for variant in variants.CATALOGUE.values()]
     if args.json:
-        trained = spec.line() if spec is not None else None
+        trained = spec.routers()[0][2].line() if spec is not None else None
         options.print_json({"model": args.model, "trained": trained, "variants": rows})
         return 0
     if spec is not None:
-        print(f"{options.plain(args.model)}: {spec.line()}\n")
+        print(f"{options.plain(args.model)}: {spec.routers()[0][2].line()}\n")
     for row in rows:
         if spec is None or row["applies"]:
             _print(row)
@@ -41,28 +41,56 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _first_router(model: str) -> Any:
+def _decoder(model: str) -> Any:
     from moescope.engine import families
     from moescope.engine.checkpoint import Checkpoint
 
     with Checkpoint.open(options.model_of(model), weights=False) as checkpoint:
-        return families.build(checkpoint.config).routers()[0][2]
+        return families.build(checkpoint.config)
 
 
 def _row(variant: Any, spec: Any) -> dict[str, Any]:
-    from moescope import variants
+    from moescope.variants import DECODER_EDITS
 
     row = {
         "name": variant.name,
+        "fault": variant.reported,
         "title": variant.title,
         "summary": variant.summary,
+        "seen": variant.seen,
+        "signature": str(variant.signature) if variant.seen == "routing" else "",
+        "fix": variant.fix,
+        "rebuilds": variant.rebuilds,
+        "changes": [DECODER_EDITS[name] for name in variant.decoder],
         "evidence": variant.evidence,
+        "links": list(variant.links),
     }
-    if spec is None:
-        return row
-    applies = variants.applicable(variant, spec)
-    result = variants.apply(variant.name, spec, 0) if applies else spec
-    return {**row, "applies": applies, "router": result.line(), "equal": spec.equal(result)}
+    return row if spec is None else {**row, **_for_model(variant, spec)}
+
+
+def _for_model(variant: Any, spec: Any) -> dict[str, Any]:
+    """What the variant does to the first router that it means something for."""
+    from moescope import variants
+    from moescope.engine.edited import layers_of
+
+    layers = layers_of(variant.name, spec)
+    layer, _, trained = next(
+        (router for router in spec.routers() if router[0] in layers), spec.routers()[0]
+    )
+    result = variants.apply(variant.name, trained, layer) if layers else trained
+    return {
+        "applies": bool(layers),
+        "layers": [layers[0], layers[-1]] if layers else [],
+        "router": result.line(wiring=variant.rebuilds),
+        "equal": trained.equal(result) and not variant.decoder,
+    }
+
+
+SEEN = {
+    "routing": "",
+    "downstream": "shows only in the routers after the first",
+    "none": "listed only: nothing of it is in the routing",
+}
 
 
 def _print(row: dict[str, Any]) -> None:
@@ -70,6 +98,10 @@ def _print(row: dict[str, Any]) -> None:
     for text in (
         row["summary"],
         row.get("router"),
+        "; ".join(row["changes"]),
+        row["signature"] if row["name"] != "trained" else "",
+        SEEN[row["seen"]],
+        "rebuilds the step" if row["rebuilds"] else "",
         row["evidence"] and f"seen in {row['evidence']}",
     ):
         if text:

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from moescope.engine.decoder import DecoderSpec
+from moescope.engine.edited import layers_of
 from moescope.kernels.spec import RouterSpec
-from moescope.variants import CATALOGUE, EXECUTABLE, Edits, applicable, apply, parse
+from moescope.variants import CATALOGUE, EXECUTABLE, Edits, apply, parse
 
 # Decoder edits that act on the logits, or on what they are made of.
 BEFORE_ROUTING = frozenset(
@@ -76,21 +77,13 @@ def singles(spec: DecoderSpec) -> list[Hypothesis]:
 
 
 def _applicable(spec: DecoderSpec) -> Iterator[tuple[str, str]]:
-    from moescope.engine.rewire import facts_of
-
-    branches = {(layer, branch.name): branch for layer, branch in spec.operators()}
-    known = [
-        (layer, router, facts_of(spec, layer, branches[layer, name]))
-        for layer, name, router in spec.routers()
-    ]
+    routed = {layer for layer, _, _ in spec.routers()}
     for name in EXECUTABLE:
-        if name == "trained":
-            continue
-        held = sorted({layer for layer, router, facts in known if applicable(name, router, facts)})
-        if not held:
-            continue
-        everywhere = len(held) == len({layer for layer, _, _ in known})
-        yield name, name if everywhere else str(parse(f"{name}@{'+'.join(map(str, held))}"))
+        held = [] if name == "trained" else layers_of(name, spec)
+        if set(held) == routed:
+            yield name, name
+        elif held:
+            yield name, str(parse(f"{name}@{'+'.join(map(str, held))}"))
 
 
 def pairs(best: Sequence[Hypothesis], routers: Sequence[Any]) -> list[Hypothesis]:

@@ -30,6 +30,7 @@ from moescope.variants import apply
 FEW = 64  # tokens of the first look, and of pairs
 BEST = 10  # singles that pairs are made of
 HELD_BYTES = 256 << 20  # of emulated logits
+LEVEL = 1.0  # nats that say nothing
 KEPT = 30.0  # nats behind the best after which nobody comes back
 # the least and the most noise, in logits, for which a dtype of the engine is considered
 NOISE_OF = {"float32": (0.0, 10.0), "float16": (1e-4, 5e-3), "bfloat16": (3e-4, 10.0)}
@@ -337,7 +338,15 @@ def through_the_model(
         looked = _fit_all(few, tried, watch)
         best = max(candidate.nats for candidate in looked)
         tried = [c.hypothesis for c in looked if c.nats >= best - KEPT or c.hypothesis is TRAINED]
-    return sorted(_fit_all(case, tried, watch), key=lambda c: -c.nats)
+    return ranked(_fit_all(case, tried, watch))
+
+
+def ranked(found: Sequence[Candidate]) -> list[Candidate]:
+    """Best first; those within a nat of the best in the order in which they were tried."""
+    best = max((candidate.nats for candidate in found), default=0.0)
+    order = sorted(found, key=lambda c: -c.nats)
+    level = [c for c in found if c.nats >= best - LEVEL]
+    return [*level, *(c for c in order if c not in level)]
 
 
 def _fit_all(case: Case, tried: Sequence[Hypothesis], watch: Watch) -> list[Candidate]:
@@ -361,7 +370,7 @@ def best_pairs(
         tried = survivors(first_router(few, tried))
     looked = sorted(_fit_all(few, tried, watch), key=lambda c: -c.nats)
     kept = [c.hypothesis for c in looked if c.nats >= looked[0].nats - KEPT][:BEST]
-    return sorted(_fit_all(case, kept, watch), key=lambda c: -c.nats)
+    return ranked(_fit_all(case, kept, watch))
 
 
 def errors(case: Case, predicted: Predicted) -> F64:

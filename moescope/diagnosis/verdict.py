@@ -88,13 +88,14 @@ def diagnose(
     ranked = search.through_the_model(case, search.survivors(firsts), watch)
     if ranked[0].hypothesis is not TRAINED and (fairer := search.fairer(case, ranked[0])):
         case = fairer
-        ranked = search.through_the_model(case, [c.hypothesis for c in ranked], watch)
+        kept = {c.hypothesis for c in ranked}
+        ranked = search.through_the_model(case, [h for h in tried if h in kept], watch)
     trained = case.predicted(TRAINED)
     judge = _Judge(case, trained, ranked, tried)
     if not judge.holds(ranked[0]):
         order = sorted(firsts, key=lambda c: -c.nats)
         more = search.best_pairs(case, _for_pairs(ranked, order), watch)
-        ranked = sorted([*ranked, *more], key=lambda c: -c.nats)
+        ranked = search.ranked([*ranked, *more])
         judge = _Judge(case, trained, ranked, tried)
     return judge.decided()
 

@@ -16,53 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.engine import parameters
-from moescope.engine.decoder import Branch, DecoderSpec, MoE, RoutedAttention
+from moescope.engine.decoder import DecoderSpec, MoE
+from moescope.engine.edited import edited_spec
 from moescope.engine.torch_decoder import TorchDecoder
 from moescope.engine.torch_operators import Call, TorchMoE
 from moescope.errors import MoescopeError
 from moescope.kernels.reference import biased_dtype
 from moescope.kernels.spec import Routing
-from moescope.variants import Edits, apply
+from moescope.variants import Edits
 
 FIRST_UNDERFLOW = -16.6  # log(1 + exp x) in float32 is 0 below it
 SMALLEST = -1e4  # a logit whose softplus is 0
-
-
-def facts_of(spec: DecoderSpec, layer: int, branch: Branch) -> frozenset[str]:
-    """What `Variant.needs` may ask of the decoder around the router of `branch`."""
-    operator = branch.operator
-    assert isinstance(operator, MoE | RoutedAttention)
-    policy, experts = operator.router.policy, getattr(operator, "experts", None)
-    known = {
-        "several_routers": len(spec.routers()) > 1,
-        "norm_before": branch.pre_norm is not None,
-        "scaled": policy.routed_scaling_factor != 1.0,
-        "expert_bias": experts is not None and experts.bias,
-        "gated_experts": experts is not None and experts.glu,
-    }
-    return frozenset(name for name, holds in known.items() if holds)
-
-
-def edited_spec(spec: DecoderSpec, edits: Edits) -> DecoderSpec:
-    """`spec` with every router under `edits`, and without the shared experts they drop.
-
-    Raises MoescopeError naming the fields that do not go together.
-    """
-
-    def of(layer: int, branch: Branch) -> Branch:
-        operator = branch.operator
-        if not isinstance(operator, MoE | RoutedAttention):
-            return branch
-        router = apply(edits, operator.router, layer)
-        if isinstance(operator, MoE) and not router.wiring.shared_experts:
-            return replace(branch, operator=replace(operator, router=router, shared=None))
-        return replace(branch, operator=replace(operator, router=router))
-
-    layers = tuple(
-        replace(layer, branches=tuple(of(number, branch) for branch in layer.branches))
-        for number, layer in enumerate(spec.layers)
-    )
-    return replace(spec, layers=layers)
 
 
 def _check_tensors(spec: DecoderSpec, weights: Mapping[str, Tensor], edits: Edits) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moescope.engine import rewire
+from moescope.engine.edited import facts_of
 from moescope.engine.load import load_model
 from moescope.engine.protocol import Generate, LoadRequest, Sampling
 from moescope.engine.session import Session
@@ -181,7 +182,7 @@ def test_facts_of_a_decoder(qwen: Any, tmp_path: Path) -> None:
     def facts(model: Any) -> frozenset[str]:
         spec = model.interpreter.spec
         layer, branch = next((n, b) for n, b in spec.operators() if b.name == "mlp")
-        return rewire.facts_of(spec, layer, branch)
+        return facts_of(spec, layer, branch)
 
     assert facts(qwen) == {"several_routers", "norm_before", "gated_experts"}
     olmo = _model(tmp_path, "flex_olmo", num_hidden_layers=1)
