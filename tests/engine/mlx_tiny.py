@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from moescope.engine.interpreter import StepOutput
 from moescope.engine.load import load_model
 from moescope.engine.mlx_decoder import MLXDecoder
 from moescope.engine.protocol import LoadRequest
@@ -16,6 +19,7 @@ from tests.families.kit import Case
 from tests.oracle.harness import agrees
 from tests.tiny import tiny_checkpoint
 
+IDS = np.random.default_rng(3).integers(0, 256, (4, 12))
 # Those whose tiny models double rounding again and again: how much wider their tolerance is.
 WIDER = {"qwen3_next": 4, "dbrx": 30}
 
@@ -77,3 +81,16 @@ def compiling_in(folder: Path) -> Iterator[None]:
         os.environ.pop("TMPDIR")
         if before is not None:
             os.environ["TMPDIR"] = before
+
+
+def fresh(folder: Path, family: str = "olmoe", lanes: int = 1, **options: Any) -> MLXDecoder:
+    return on_mlx(tiny_checkpoint(family, folder), lanes=lanes, **options)
+
+
+def same(a: StepOutput, b: StepOutput, lane_a: int, lane_b: int = 0, tolerance: float = 0) -> bool:
+    """Whether two outputs say the same of two lanes, in every array."""
+    return all(
+        np.allclose(x[lane_a], getattr(b, name)[lane_b], rtol=0, atol=tolerance, equal_nan=True)
+        for name in a.__dataclass_fields__
+        if isinstance(x := getattr(a, name), np.ndarray)
+    )
