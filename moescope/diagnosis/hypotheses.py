@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from moescope.engine.decoder import DecoderSpec
@@ -71,9 +71,10 @@ class Hypothesis:
 TRAINED = Hypothesis((), "trained")
 
 
-def singles(spec: DecoderSpec) -> list[Hypothesis]:
+@lru_cache(maxsize=16)
+def singles(spec: DecoderSpec) -> tuple[Hypothesis, ...]:
     """Every executable entry that applies to some router of the model, in catalogue order."""
-    return [Hypothesis((name,), expression) for name, expression in _applicable(spec)]
+    return tuple(Hypothesis((name,), expression) for name, expression in _applicable(spec))
 
 
 def _applicable(spec: DecoderSpec) -> Iterator[tuple[str, str]]:

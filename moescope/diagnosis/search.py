@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from moescope.variants import apply
 FEW = 64  # tokens of the first look, and of pairs
 BEST = 10  # singles that pairs are made of
 HELD_BYTES = 256 << 20  # of emulated logits
+NEAR = 1000.0  # nats behind the best that another dtype of the engine might make up for
 LEVEL = 1.0  # nats that say nothing
 KEPT = 30.0  # nats behind the best after which nobody comes back
 # the least and the most noise, in logits, for which a dtype of the engine is considered
@@ -66,7 +68,7 @@ class Candidate:
         return self.fit.total
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One trace beside one model. `held` keeps emulations, as far as memory is no matter."""
 
@@ -76,7 +78,7 @@ class Case:
     engine: Engine = OURS
     held: dict[tuple[str, Engine, bool, int], Predicted] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def data(self) -> Data:
         """Everything recorded: ids [N, L, K], weights [N, L, K], sums [N, L]."""
         sequences = self.evidence.sequences
@@ -248,6 +250,9 @@ def settle(
         noise = max(settings, key=lambda s: s.best).noise if settings else 1.0
         if settings and not _may_be(engine, noise):
             continue
+        if len(settings) == len(orders):  # another dtype changes much less than another router
+            near = {h for setting in settings for h in survivors(setting.found, NEAR)}
+            tried = [h for h in tried if h in near]
         for ordered in orders:
             case = replace(ours, ordered=ordered, engine=engine)
             settings.append(Setting.of(case, first_router(case, tried)))
