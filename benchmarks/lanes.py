@@ -1,14 +1,16 @@
 """What N lanes cost over one, beside the bytes of the union of their experts.
 
 `equal`: the same variant, hence the same tokens and routes. `variants`: each lane its own variant
-and its own tokens. `same tokens`: each its own variant, all fed what the first one draws. The bound
-is (S + e·U) / (S + e·K) with U from the recorded ids of that very run.
+and its own tokens. `same tokens`: each its own variant, all fed what the first one draws. All of
+them are open side by side and take turns of a few steps, so that each ratio is of neighbours in
+time; a cost is the median of those ratios. The bound is the bytes of a step over those of one lane,
+with U from the recorded ids of that very run: (S + e·U + N·c) / (S + e·K + c), c what a lane's
+cache holds.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import measure
@@ -17,7 +19,9 @@ from child import Child
 
 Figures = dict[str, Any]
 COUNTS = (2, 4, 8)
-ROUNDS = 3  # at most: eight lanes take their time
+BLOCK, SKIP = 6, 2  # steps of a block, and those of them that are not counted
+ROUNDS = 12  # of blocks in a turn
+PROMPT = 32  # tokens: 43 lanes read it, one after the other
 VARIANTS = (
     "trained",
     "softmax_over_selected",
@@ -28,56 +32,56 @@ VARIANTS = (
     "router_logit_scale=2",
     "router_quantised",
 )
-KINDS: dict[str, Callable[[int], Figures]] = {
-    "equal": lambda count: {"variants": VARIANTS[:1] * count},
-    "variants": lambda count: {"variants": VARIANTS[:count]},
-    "same tokens": lambda count: {"variants": VARIANTS[:count], "same_tokens": True},
-}
+
+
+def asks() -> dict[str, Figures]:
+    wanted: dict[str, Figures] = {"1": {"variants": VARIANTS[:1]}}
+    for count in COUNTS:
+        wanted[f"{count} equal"] = {"variants": VARIANTS[:1] * count}
+        wanted[f"{count} variants"] = {"variants": VARIANTS[:count]}
+        wanted[f"{count} same tokens"] = {"variants": VARIANTS[:count], "same_tokens": True}
+    return wanted
 
 
 def run(asked: Asked) -> Figures:
-    with Child("engine_moescope.py", threads=asked.threads) as child:
+    rounds = ROUNDS if asked.tokens > BLOCK + SKIP + 2 else 2
+    with Child("engine_lanes.py", threads=asked.threads) as child:
         loaded = child.ask("load", folder=str(asked.model), threads=asked.threads)
-        contestants = {"1": _asks(child, asked, {})}
-        for count in COUNTS:
-            for kind, request in KINDS.items():
-                contestants[f"{count} {kind}"] = _asks(child, asked, request(count))
-        contestants[f"{COUNTS[-1]} equal"]()  # caches for all lanes are made, all paths taken once
-        contestants[f"{COUNTS[-1]} variants"]()
-        rounds = min(asked.rounds, ROUNDS)
-        turns = measure.rounds(contestants, asked, rounds)
+
+        def take() -> Figures:
+            return child.ask(
+                "alternate_lanes",
+                prompt=asked.prompt_ids()[:PROMPT],
+                asks=asks(),
+                rounds=rounds,
+                block=BLOCK,
+                skip=SKIP,
+            )
+
+        turns = measure.rounds({"lanes": take}, asked, asked.rounds)
+    clean = [turn for turn in turns if not turn["noisy"]]
     return {
         "kernels": loaded["kernels"],
-        **compared(turns, asked, list(contestants)),
+        "lanes": compared(clean or turns, asked, noisy=not clean),
         "turns": turns,
     }
 
 
-def compared(turns: list[Figures], asked: Asked, names: list[str]) -> Figures:
+def compared(turns: list[Figures], asked: Asked, *, noisy: bool = False) -> Figures:
+    """`steps` of every turn: name -> the median step of each block; `distinct`: name -> experts."""
     found: Figures = {}
-    for name in names:
-        distinct = statistics.median(turn["distinct"] for turn in turns if turn["name"] == name)
-        cost = measure.ratios(turns, name, "1", "step_s")
-        bound = asked.shapes.bound(distinct)
+    one = [step for turn in turns for step in turn["steps"]["1"]]
+    held = statistics.median(turn["tokens"] for turn in turns)
+    for name in turns[0]["steps"]:
+        own = [step for turn in turns for step in turn["steps"][name]]
+        cost = measure.resampled(a / b for a, b in zip(own, one, strict=True))
+        distinct = statistics.mean(turn["distinct"][name] for turn in turns)
+        bound = asked.shapes.bound(distinct, int(name.split()[0]), held)
         found[name] = {
-            "cost": cost,
+            "cost": {**cost, "noisy": True} if noisy else cost,
             "distinct_experts": round(distinct, 2),
             "bound": round(bound, 4),
             "over_bound": round(cost["median"] / bound, 4),
-            **measure.medians(turns, name, ("step_s",)),
+            "step_s": {"median": round(statistics.median(own), 6)},
         }
-    return {"lanes": found}
-
-
-def _asks(child: Child, asked: Asked, request: Figures) -> Callable[[], Figures]:
-    tokens = max(asked.skip + 4, asked.tokens // 2)
-    more = {"prompt": asked.prompt_ids(), "tokens": tokens, "record": "weights", **request}
-
-    def take() -> Figures:
-        answer = child.ask("decode", **more)
-        return {
-            "step_s": statistics.median(answer["steps"][asked.skip :]),
-            "distinct": statistics.mean(answer["distinct"][asked.skip :]),
-        }
-
-    return take
+    return found

@@ -1,8 +1,9 @@
 """The shapes every engine is given, and the model of bytes that a decode step must read.
 
 Batch-1 decode reads every active weight once: S bytes that all tokens share (attention, routers,
-output head) and e bytes for each distinct expert. Caches, norms and embedding rows are under 1 %
-and left out, so that shares of the bandwidth are a little understated, never overstated.
+output head) and e bytes for each distinct expert. Norms and embedding rows are left out, and the
+cache of one lane, which is about 1 %, so that shares of the bandwidth are a little understated,
+never overstated; where lanes are compared, each one's cache counts.
 """
 
 from __future__ import annotations
@@ -53,10 +54,12 @@ class Shapes:
         """What one decoded token must read, in bytes of `item` bytes a parameter."""
         return item * self.active
 
-    def bound(self, distinct: float) -> float:
-        """(S + e·U) / (S + e·K): the bytes of a step over those of one lane, where `distinct`
-        experts a layer are read."""
-        return (self.shared + self.layers * distinct * self.expert) / self.active
+    def bound(self, distinct: float, lanes: int = 1, held: float = 0.0) -> float:
+        """(S + e·U + N·c) / (S + e·K + c): the bytes of a step over those of one lane, where
+        `distinct` experts a layer are read, and each lane holds `held` tokens."""
+        cache = 2 * self.layers * self.hidden * held
+        union = self.shared + self.layers * distinct * self.expert
+        return (union + lanes * cache) / (self.active + cache)
 
     def config(self) -> dict[str, Any]:
         """`config.json` as transformers and moescope read it."""

@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import child  # noqa: E402
+import lanes  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
 import tracing  # noqa: E402
@@ -48,6 +49,9 @@ def test_lanes_are_bound_by_the_union_of_their_experts() -> None:
     assert shapes.bound(shapes.top_k) == 1.0
     by_hand = (shapes.shared + 4 * 15 * shapes.expert) / (shapes.shared + 4 * 8 * shapes.expert)
     assert shapes.bound(15) == pytest.approx(by_hand)
+    cache = 4 * 2 * 2048 * 100  # keys and values of 100 tokens
+    by_hand = (shapes.active + 8 * cache) / (shapes.active + cache)
+    assert shapes.bound(8, lanes=8, held=100) == pytest.approx(by_hand)
     first, second = [[0, 1], [2, 3]], [[1, 4], [3, -1]]
     assert distinct_experts([first]) == 2
     assert distinct_experts([first, second]) == 2.5  # {0, 1, 4} and {2, 3}
@@ -101,6 +105,19 @@ def test_costs_are_paired_by_block_and_have_an_interval() -> None:
     assert spread["interval"][0] <= spread["median"] <= spread["interval"][1]
     few, many = (measure.resampled([0.97, 0.99, 1.0, 1.02, 1.03] * n) for n in (2, 80))
     assert many["standard_error"] < few["standard_error"] / 3
+
+
+def test_lanes_are_compared_with_their_neighbours_in_time() -> None:
+    asked = Asked(Path())
+    drift = [1.0 + 0.1 * number for number in range(12)]
+    steps = {name: [1.5 * base for base in drift] for name in lanes.asks()} | {"1": drift}
+    distinct = {name: 8.0 if "variants" not in name else 16.0 for name in steps}
+    turn = {"steps": steps, "distinct": distinct, "tokens": 200}
+    found = lanes.compared([turn, turn], asked)
+    assert found["4 equal"]["cost"]["median"] == pytest.approx(1.5)
+    wanted = 1.5 / asked.shapes.bound(16.0, 4, 200)
+    assert found["4 variants"]["over_bound"] == pytest.approx(wanted, abs=1e-3)
+    assert len(found) == 10 and "noisy" not in found["1"]["cost"]
 
 
 def test_the_report_chooses_the_best_of_a_peer_and_gives_verdicts(tmp_path: Path) -> None:
@@ -158,6 +175,10 @@ def test_a_real_step_on_a_tiny_model(tmp_path: Path) -> None:
     for turn in found["turns"]:
         assert {len(steps) for steps in turn["blocks"].values()} == {2}
         assert all(second > 0 for steps in turn["blocks"].values() for second in steps)
+    beside = lanes.run(asked)["lanes"]
+    assert beside["1"]["over_bound"] == pytest.approx(1.0, abs=1e-3)
+    assert beside["8 equal"]["distinct_experts"] == 2 <= beside["8 variants"]["distinct_experts"]
+    assert all(row["step_s"]["median"] > 0 for row in beside.values())
     before = (tmp_path / weights.MADE).stat().st_mtime_ns
     weights.prepare(tmp_path, TINY, gguf=False)
     assert (tmp_path / weights.MADE).stat().st_mtime_ns == before, "made twice"
