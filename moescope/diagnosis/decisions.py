@@ -29,24 +29,38 @@ STEPS = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 SMALL = 0.02  # of a row's mean weight: weights below it are compared to this
 
 
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Coarse dtypes leave steps, relative sizes, 0 for float32: `last` of the weight itself,
+    `inner` of what it is made of, which are `count` numbers that all must be on the same step."""
+
+    last: float = 0.0
+    inner: float = 0.0
+    count: int = 1
+
+    @property
+    def size(self) -> float:
+        return max(self.last, self.inner)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Differences:
     """`gaps` [T, C], in logits: comparisons the choice rests on. Positive: it holds by so much;
     negative: it does not, unless logits were off by so much; −inf: no such error explains it; NaN:
     no comparison. `relative` [T, K]: |recorded − given weight| / recorded, NaN where there is none.
-    `slopes` [T, K]: relative change of a weight per unit of its logit. `step`: the relative size of
-    the steps that the spec's dtypes leave to a weight; 0 for float32."""
+    `slopes` [T, K]: relative change of a weight per unit of its logit. `steps`: what the spec's
+    dtypes leave of a weight."""
 
     gaps: F64
     relative: F64
     slopes: F64
-    step: float = 0.0
+    steps: Steps = Steps()
 
     def error(self) -> F64:
         """The error of logits that would explain each row [T]; inf where none does."""
         with np.errstate(invalid="ignore"):
             shift = np.where(self.gaps < 0, -self.gaps, 0.0) / 2
-            beyond = np.maximum(self.relative - self.step, 0.0) / self.slopes
+            beyond = np.maximum(self.relative - self.steps.size, 0.0) / self.slopes
             weight = np.where(np.isnan(self.relative), 0.0, beyond)
         most: F64 = np.maximum(shift.max(1, initial=0.0), weight.max(1, initial=0.0))
         return most
@@ -80,7 +94,7 @@ def differences(
             return Differences(gaps, nothing, np.ones(ids.shape))
         given = weights_at(logits, ids, spec, tensors)
         slopes = _slopes(chosen, spec, tensors, logits, ids, weights)
-        return Differences(gaps, _relative(weights, given, ids), slopes, _step(chosen, spec))
+        return Differences(gaps, _relative(weights, given, ids), slopes, _steps(chosen, spec))
 
 
 def weights_at(logits: NDArray[Any], ids: NDArray[Any], spec: RouterSpec, tensors: Tensors) -> F64:
@@ -271,13 +285,17 @@ def _relative(recorded: NDArray[Any], given: F64, ids: NDArray[Any]) -> F64:
     return np.where(used, np.where(np.isfinite(off), off, np.inf), np.nan)
 
 
-def _step(chosen: Selection, spec: RouterSpec) -> float:
-    """One unit in the last place of the coarsest dtype that a weight goes through, relative."""
+def _steps(chosen: Selection, spec: RouterSpec) -> Steps:
     p, wiring = spec.policy, spec.wiring
     size = np.abs(chosen.logits[np.isfinite(chosen.logits)])
     usual = float(np.median(size)) if size.size else 0.0
-    through_logits = max(STEPS[p.logits_dtype], STEPS[wiring.router_dtype]) * usual
-    return max(STEPS[wiring.combine_dtype], STEPS[p.score_dtype], through_logits)
+    inner = max(STEPS[p.logits_dtype], STEPS[wiring.router_dtype]) * usual
+    if p.norm_topk_prob:
+        inner, last = max(inner, STEPS[p.score_dtype]), STEPS[wiring.combine_dtype]
+        return Steps(last, inner, spec.K)
+    last = max(STEPS[wiring.combine_dtype], STEPS[p.score_dtype])
+    everything = p.scoring_func == "softmax" and p.score_order == "score_then_topk"
+    return Steps(last, inner, spec.E if everything else spec.K)
 
 
 def _size(recorded: NDArray[Any], used: NDArray[np.bool_]) -> F64:

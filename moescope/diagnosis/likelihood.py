@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.diagnosis.decisions import Differences
+from moescope.diagnosis.decisions import Differences, Steps
 from moescope.kernels.reference import F64
 
 SMALLEST = 3e-6  # logits: float32 arithmetic in another order
@@ -74,16 +74,28 @@ def _weights(found: Differences, scale: float) -> F64:
     if not recorded.any():
         return np.zeros(len(found.relative))
     off = np.minimum(np.where(recorded, found.relative, 0.0), 1e6)
-    noise, step = scale * found.slopes, found.step
-    nats = _student(off, np.sqrt(noise**2 + step**2 + ROUNDING**2))
-    if step:
-        other = noise / (noise + step)  # the chance of another step
-        same = _student(off, np.full(off.shape, ROUNDING)) + np.log1p(-other)
-        nats = np.logaddexp(same, nats + np.log(other))
+    noise, steps = scale * found.slopes, found.steps
+    rounded = (steps.last**2 + steps.inner**2) / 6.0  # two values, each rounded to its own step
+    nats = _student(off, np.sqrt(noise**2 + rounded + ROUNDING**2))
+    if steps.size:
+        same = _same(noise, steps)
+        exact = _student(off, np.full(off.shape, ROUNDING)) + np.log(same)
+        nats = np.logaddexp(exact, nats + np.log1p(-same))
     count = recorded.sum(1)
     share = np.minimum(count, COUNTED) / np.maximum(count, 1)
     total: F64 = np.where(recorded, nats, 0.0).sum(1) * share
     return total
+
+
+def _same(noise: F64, steps: Steps) -> F64:
+    """The chance that a weight is on the very same step: what it is made of did not move, or not by
+    as much as its own last step."""
+    unmoved = np.zeros(noise.shape)
+    if steps.inner:
+        unmoved = (steps.inner / (noise + steps.inner)) ** steps.count
+    held = steps.last / (noise + steps.inner + steps.last)
+    chance: F64 = unmoved + (1.0 - unmoved) * held
+    return chance
 
 
 def _student(off: F64, width: F64) -> F64:
