@@ -31,16 +31,17 @@ SMALL = 0.02  # of a row's mean weight: weights below it are compared to this
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Coarse dtypes leave steps, relative sizes, 0 for float32: `last` of the weight itself,
-    `inner` of what it is made of, which are `count` numbers that all must be on the same step."""
+    """What coarse dtypes leave: the size of a step of the weight itself and of the scores it is
+    made of, relative, and of their logits; 0 for float32. A weight is made of `count` numbers."""
 
-    last: float = 0.0
-    inner: float = 0.0
+    weight: float = 0.0
+    score: float = 0.0
+    logit: float = 0.0
     count: int = 1
 
     @property
-    def size(self) -> float:
-        return max(self.last, self.inner)
+    def largest(self) -> float:
+        return max(self.weight, self.score, self.logit)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +61,7 @@ class Differences:
         """The error of logits that would explain each row [T]; inf where none does."""
         with np.errstate(invalid="ignore"):
             shift = np.where(self.gaps < 0, -self.gaps, 0.0) / 2
-            beyond = np.maximum(self.relative - self.steps.size, 0.0) / self.slopes
+            beyond = np.maximum(self.relative - self.steps.largest, 0.0) / self.slopes
             weight = np.where(np.isnan(self.relative), 0.0, beyond)
         most: F64 = np.maximum(shift.max(1, initial=0.0), weight.max(1, initial=0.0))
         return most
@@ -289,13 +290,12 @@ def _steps(chosen: Selection, spec: RouterSpec) -> Steps:
     p, wiring = spec.policy, spec.wiring
     size = np.abs(chosen.logits[np.isfinite(chosen.logits)])
     usual = float(np.median(size)) if size.size else 0.0
-    inner = max(STEPS[p.logits_dtype], STEPS[wiring.router_dtype]) * usual
+    logit = max(STEPS[p.logits_dtype], STEPS[wiring.router_dtype]) * usual
+    weight, score = STEPS[wiring.combine_dtype], STEPS[p.score_dtype]
     if p.norm_topk_prob:
-        inner, last = max(inner, STEPS[p.score_dtype]), STEPS[wiring.combine_dtype]
-        return Steps(last, inner, spec.K)
-    last = max(STEPS[wiring.combine_dtype], STEPS[p.score_dtype])
+        return Steps(weight, score, logit, spec.K)
     everything = p.scoring_func == "softmax" and p.score_order == "score_then_topk"
-    return Steps(last, inner, spec.E if everything else spec.K)
+    return Steps(max(weight, score), 0.0, logit, spec.E if everything else spec.K)
 
 
 def _size(recorded: NDArray[Any], used: NDArray[np.bool_]) -> F64:

@@ -75,10 +75,10 @@ def _weights(found: Differences, scale: float) -> F64:
         return np.zeros(len(found.relative))
     off = np.minimum(np.where(recorded, found.relative, 0.0), 1e6)
     noise, steps = scale * found.slopes, found.steps
-    rounded = (steps.last**2 + steps.inner**2) / 6.0  # two values, each rounded to its own step
-    nats = _student(off, np.sqrt(noise**2 + rounded + ROUNDING**2))
-    if steps.size:
-        same = _same(noise, steps)
+    through = steps.weight**2 + steps.score**2 + (steps.logit * found.slopes) ** 2
+    nats = _student(off, np.sqrt(noise**2 + through / 6.0 + ROUNDING**2))  # each to its own step
+    if steps.largest:
+        same = _same(scale, noise, steps)
         exact = _student(off, np.full(off.shape, ROUNDING)) + np.log(same)
         nats = np.logaddexp(exact, nats + np.log1p(-same))
     count = recorded.sum(1)
@@ -87,13 +87,15 @@ def _weights(found: Differences, scale: float) -> F64:
     return total
 
 
-def _same(noise: F64, steps: Steps) -> F64:
+def _same(scale: float, noise: F64, steps: Steps) -> F64:
     """The chance that a weight is on the very same step: what it is made of did not move, or not by
     as much as its own last step."""
     unmoved = np.zeros(noise.shape)
-    if steps.inner:
-        unmoved = (steps.inner / (noise + steps.inner)) ** steps.count
-    held = steps.last / (noise + steps.inner + steps.last)
+    if steps.score or steps.logit:
+        of_logit = steps.logit / (scale + steps.logit) if steps.logit else 1.0
+        of_score = steps.score / (noise + steps.score) if steps.score else 1.0
+        unmoved = np.broadcast_to((of_logit * of_score) ** steps.count, noise.shape)
+    held = steps.weight / (noise + steps.score + steps.logit + steps.weight)
     chance: F64 = unmoved + (1.0 - unmoved) * held
     return chance
 
