@@ -24,11 +24,12 @@ WRITTEN = (*CHOICE, *AROUND)
 
 def patched(model: Any, family: str, *faults: str, dtype: torch.dtype = torch.float32) -> Any:
     """A copy of `model` in `dtype` with these faults."""
-    model = copy.deepcopy(model).to(dtype)
+    model = copy.deepcopy(model)
     changes = [CHOICE[name] for name in faults if name in CHOICE]
     for name in faults:
         if name in AROUND:
             AROUND[name](model, family)
+    model.to(dtype)
     if changes:
         for router, block in zip(routers_of(model, family), blocks_of(model, family), strict=True):
             _patch(router, block, family, changes)
