@@ -18,7 +18,8 @@ from cuda_shapes import CONFIGS, begin, parser
 from torch import Tensor
 
 from moescope.engine import families
-from moescope.engine.decoder import Attention, DecoderSpec, MoE
+from moescope.engine.decoder import DecoderSpec
+from moescope.engine.operators import Attention, MoE
 
 CACHE = 512 << 20  # bytes of weights that no cache holds
 POSITIONS = (128, 1024, 3500)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moescope.engine.decoder import Branch, DecoderSpec, MoE, RoutedAttention
+from moescope.engine.decoder import Branch, DecoderSpec
+from moescope.engine.operators import MoE, RoutedAttention
 from moescope.variants import Edits, applicable, apply
 
 

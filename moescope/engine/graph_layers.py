@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moescope.engine.decoder import MLP, RESIDUAL, Attention, Branch, MoE, Norm
+from moescope.engine.decoder import RESIDUAL, Branch
 from moescope.engine.graph_slots import GATE, Buffers, picks
 from moescope.engine.interpreter import Router
+from moescope.engine.operators import MLP, Attention, MoE, Norm
 from moescope.engine.steps import Policies, Shared
 from moescope.engine.torch_operators import DTYPES, rounded_gate
 from moescope.kernels.spec import Routing

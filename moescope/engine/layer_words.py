@@ -6,12 +6,11 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
-from moescope.engine.decoder import (
+from moescope.engine.decoder import DecoderSpec, Layer
+from moescope.engine.operators import (
     MLA,
     MLP,
     Attention,
-    DecoderSpec,
-    Layer,
     LinearAttention,
     MoE,
     RoutedAttention,

@@ -10,14 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from moescope.engine.decoder import (
+from moescope.engine.decoder import Branch, DecoderSpec, Layer
+from moescope.engine.operators import (
     MLA,
     MLP,
     Attention,
-    Branch,
-    DecoderSpec,
     Experts,
-    Layer,
     LinearAttention,
     MoE,
     Norm,

@@ -19,9 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.engine import mlx_operators as ops
-from moescope.engine.decoder import (
-    DecoderSpec,
-)
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.interpreter import Draw, Router, StepOutput
 from moescope.engine.mlx_forward import Forward
 from moescope.engine.mlx_limits import refuse_unsupported

@@ -12,18 +12,11 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from moescope.engine import mlx_operators as ops
-from moescope.engine.decoder import (
-    RESIDUAL,
-    Branch,
-    DecoderSpec,
-    MoE,
-    Rope,
-    RoutedAttention,
-    rotary_embeddings,
-)
+from moescope.engine.decoder import RESIDUAL, Branch, DecoderSpec
 from moescope.engine.interpreter import Router
 from moescope.engine.mlx_operators.record import stacked
 from moescope.engine.mlx_states import States
+from moescope.engine.operators import MoE, Rope, RoutedAttention, rotary_embeddings
 
 Tables = dict[int, tuple[mx.array, mx.array]]  # by the id of a rope: cos, signed sin
 Normalise = Callable[[mx.array], mx.array] | None

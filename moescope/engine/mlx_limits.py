@@ -10,15 +10,16 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from moescope.engine.decoder import (
+from moescope.engine.decoder import Branch, DecoderSpec, Layer
+from moescope.engine.families import forms
+from moescope.engine.families.plans import Piece, Placement
+from moescope.engine.limits import Limits
+from moescope.engine.operators import (
     MLA,
     MLP,
     Attention,
-    Branch,
-    DecoderSpec,
     Experts,
     Indexer,
-    Layer,
     LinearAttention,
     MoE,
     Norm,
@@ -29,9 +30,6 @@ from moescope.engine.decoder import (
     ShortConv,
     StateSpace,
 )
-from moescope.engine.families import forms
-from moescope.engine.families.plans import Piece, Placement
-from moescope.engine.limits import Limits
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.engine.decoder import MLP, RESIDUAL, Attention, Branch, DecoderSpec, MoE, Norm
+from moescope.engine.decoder import RESIDUAL, Branch, DecoderSpec
 from moescope.engine.interpreter import Draw, StepOutput
 from moescope.engine.kept import LEVELS, Kept
+from moescope.engine.operators import MLP, Attention, MoE, Norm
 from moescope.engine.sampling import expectations_of
 from moescope.engine.steps import K_LIMIT, Shared
 from moescope.kernels import native_ops as native

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from moescope.engine.decoder import (
+from moescope.engine.decoder import Branch, DecoderSpec
+from moescope.engine.operators import (
     MLA,
     MLP,
     Attention,
-    Branch,
-    DecoderSpec,
     Indexer,
     LinearAttention,
     MoE,

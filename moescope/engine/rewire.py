@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.engine import parameters
-from moescope.engine.decoder import DecoderSpec, MoE
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.edited import edited_spec
+from moescope.engine.operators import MoE
 from moescope.engine.torch_decoder import TorchDecoder
 from moescope.engine.torch_operators import Call, TorchMoE
 from moescope.errors import MoescopeError

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.engine.decoder import MoE, RoutedAttention
 from moescope.engine.interpreter import Draw, StepOutput
+from moescope.engine.operators import MoE, RoutedAttention
 from moescope.engine.outputs import merged
 from moescope.errors import MoescopeError
 from moescope.kernels.spec import RouterPolicy

@@ -18,18 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moescope.engine import torch_operators as ops
-from moescope.engine.decoder import (
-    RESIDUAL,
-    Branch,
-    DecoderSpec,
-    MoE,
-    Rope,
-    RoutedAttention,
-    rotary_embeddings,
-    state_bytes,
-)
+from moescope.engine.decoder import RESIDUAL, Branch, DecoderSpec, state_bytes
 from moescope.engine.interpreter import Draw, Router, StepOutput
 from moescope.engine.limits import refuse_unsupported
+from moescope.engine.operators import MoE, Rope, RoutedAttention, rotary_embeddings
 from moescope.engine.outputs import merged
 from moescope.engine.rewind import Past
 from moescope.engine.router_twins import RouterTwins, backend_of

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from moescope.engine import families
-from moescope.engine.decoder import MLA, Attention, DecoderSpec, MoE
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.load import load_model
+from moescope.engine.operators import MLA, Attention, MoE
 from moescope.engine.protocol import LoadRequest
 from moescope.engine.torch_decoder import TorchDecoder
 from moescope.engine.torch_operators import TorchMoE

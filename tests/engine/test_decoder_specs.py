@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 
 from moescope.engine import parameters
-from moescope.engine.decoder import (
+from moescope.engine.decoder import Branch, DecoderSpec, Layer, state_bytes
+from moescope.engine.operators import (
     MLA,
     MLP,
     Attention,
-    Branch,
-    DecoderSpec,
     Experts,
-    Layer,
     LinearAttention,
     MoE,
     Norm,
@@ -25,7 +23,6 @@ from moescope.engine.decoder import (
     RopeScaling,
     RoutedAttention,
     StateSpace,
-    state_bytes,
 )
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 

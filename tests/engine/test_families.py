@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescope.engine import families, parameters
-from moescope.engine.decoder import MLP, Attention, DecoderSpec, MoE
+from moescope.engine.decoder import DecoderSpec
+from moescope.engine.operators import MLP, Attention, MoE
 from moescope.errors import ExitCode, MoescopeError
 from moescope.safety import single_line
 from tests.families import COUNTS, PUBLISHED, TINY

@@ -11,18 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moescope.engine.decoder import (
-    MLA,
-    Branch,
-    DecoderSpec,
-    Experts,
-    Indexer,
-    Layer,
-    MoE,
-    Norm,
-    Rope,
-    state_bytes,
-)
+from moescope.engine.decoder import Branch, DecoderSpec, Layer, state_bytes
+from moescope.engine.operators import MLA, Experts, Indexer, MoE, Norm, Rope
 from moescope.engine.parameters import slots
 from moescope.engine.torch_decoder import TorchDecoder
 from moescope.engine.torch_operators.mla import TorchMLA

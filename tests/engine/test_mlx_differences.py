@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from moescope.engine import load, mlx_weights
-from moescope.engine.decoder import Attention, StateSpace
 from moescope.engine.mlx_decoder import MLXDecoder
+from moescope.engine.operators import Attention, StateSpace
 from moescope.engine.protocol import LoadRequest
 from tests.engine.mlx_tiny import as_mlx_calls_gpt_oss, on_mlx
 from tests.families.kit import Edit, on_attention, on_operators, policy

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from moescope.engine import mlx_limits
-from moescope.engine.decoder import Attention
 from moescope.engine.limits import Limits
 from moescope.engine.mlx_limits import HONOURED, MLX, OPERATORS, WORDS, refuse_unsupported
+from moescope.engine.operators import Attention
 from moescope.errors import MoescopeError
 from moescope.kernels.spec import RouterPolicy
 from tests.engine.mlx_tiny import (

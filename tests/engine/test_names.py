@@ -11,17 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moescope.engine.decoder import (
-    MLA,
-    Attention,
-    Branch,
-    DecoderSpec,
-    Layer,
-    LinearAttention,
-    MoE,
-    Norm,
-    ShortConv,
-)
+from moescope.engine.decoder import Branch, DecoderSpec, Layer
 from moescope.engine.families import forms
 from moescope.engine.families.forms import FORMS, In
 from moescope.engine.families.names import (
@@ -32,6 +22,7 @@ from moescope.engine.families.names import (
     Stack,
 )
 from moescope.engine.families.places import place
+from moescope.engine.operators import MLA, Attention, LinearAttention, MoE, Norm, ShortConv
 from moescope.engine.parameters import slots
 from moescope.engine.quantised import Held
 from moescope.errors import MoescopeError
@@ -269,7 +260,7 @@ def test_a_stack_without_blocks() -> None:
 
 
 def moe(**policy: Any) -> DecoderSpec:
-    from moescope.engine.decoder import Experts
+    from moescope.engine.operators import Experts
 
     router = RouterSpec(RouterPolicy(2, **policy), RouterWiring(4))
     return decoder(Branch("mlp", MoE(8, router, Experts(6)), pre_norm=NORM))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from moescope.engine.decoder import Attention
 from moescope.engine.interpreter import StepOutput
 from moescope.engine.limits import refuse_unsupported, why_not_fused
 from moescope.engine.load import load_model
+from moescope.engine.operators import Attention
 from moescope.engine.protocol import LoadRequest
 from moescope.engine.torch_decoder import TorchDecoder
 from moescope.engine.torch_operators import attention as torch_attention

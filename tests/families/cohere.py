@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moescope.engine.decoder import DecoderSpec, Pass
+from moescope.engine.decoder import DecoderSpec
+from moescope.engine.operators import Pass
 from tests.families.kit import Case, Mutant, replace
 
 TINY: dict[str, dict[str, Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from moescope.engine.decoder import MLA
+from moescope.engine.operators import MLA
 from tests.families.kit import Case, Edit, Mutant, on_operators
 
 LATENT: dict[str, Any] = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from moescope.engine.decoder import MLA, DecoderSpec
+from moescope.engine.decoder import DecoderSpec
+from moescope.engine.operators import MLA
 from tests.families.deepseek import LATENT, UNSEEN_INDEXER, YARN
 from tests.families.kit import Case, Mutant, on_attention, on_operators
 

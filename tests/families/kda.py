@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from moescope.engine.decoder import LinearAttention
+from moescope.engine.operators import LinearAttention
 from tests.families.kit import Case, Mutant, on_operators
 
 _LATENT: dict[str, Any] = {

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moescope.engine.decoder import Attention, Branch, DecoderSpec, MoE
+from moescope.engine.decoder import Branch, DecoderSpec
+from moescope.engine.operators import Attention, MoE
 
 Edit = Callable[[DecoderSpec], DecoderSpec]
 

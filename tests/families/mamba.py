@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from moescope.engine.decoder import StateSpace
+from moescope.engine.operators import StateSpace
 from tests.families.kit import Case, Mutant, on_operators
 
 TINY: dict[str, dict[str, Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from moescope.engine.decoder import LinearAttention, Norm
+from moescope.engine.operators import LinearAttention, Norm
 from tests.families.kit import Case, Mutant, on_attention, on_branches, on_operators
 
 _MIXER: dict[str, Any] = {

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moescope.engine.decoder import Experts, MoE, Norm
+from moescope.engine.operators import Experts, MoE, Norm
 from moescope.engine.torch_operators import ACTIVATIONS, TorchExperts, make_norm
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 

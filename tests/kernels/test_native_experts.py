@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moescope.engine import torch_operators
-from moescope.engine.decoder import Experts, MoE
+from moescope.engine.operators import Experts, MoE
 from moescope.engine.torch_operators import TorchExperts
 from moescope.kernels import native_experts, native_ops
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring

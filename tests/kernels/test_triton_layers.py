@@ -15,8 +15,8 @@ if os.environ.get("TRITON_INTERPRET"):
 
 from moescope.engine import sampling as host
 from moescope.engine import torch_operators as ops
-from moescope.engine.decoder import Attention, Norm, Rope
 from moescope.engine.graph_layers import attention_shape
+from moescope.engine.operators import Attention, Norm, Rope
 from moescope.engine.protocol import Sampling
 from moescope.kernels.triton_ops import attention, norms, sampling
 

@@ -11,7 +11,8 @@ from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any
 
 from moescope.engine import decoder
-from moescope.engine.decoder import Attention, Branch, DecoderSpec, MoE, RoutedAttention
+from moescope.engine.decoder import Branch, DecoderSpec
+from moescope.engine.operators import Attention, MoE, RoutedAttention
 from moescope.kernels import spec as router_spec
 from moescope.kernels.algebra import canonical
 from tests.families.kit import Edit, Mutant, on_attention, on_branches, on_moe, on_operators

@@ -9,7 +9,8 @@ import pytest
 
 from moescope.engine import families
 from moescope.engine.config import parse_object
-from moescope.engine.decoder import Attention, DecoderSpec, MoE
+from moescope.engine.decoder import DecoderSpec
+from moescope.engine.operators import Attention, MoE
 from moescope.errors import MoescopeError
 from tests.families import TINY
 from tests.tiny import FAMILIES, tiny_config, tiny_fields

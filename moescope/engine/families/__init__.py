@@ -16,11 +16,12 @@ from typing import Any
 
 from moescope.engine import quantised
 from moescope.engine.config import Fields, bad
-from moescope.engine.decoder import DecoderSpec, Layer, MoE, RoutedAttention
+from moescope.engine.decoder import DecoderSpec, Layer
 from moescope.engine.families.family import Family
 from moescope.engine.families.places import place
 from moescope.engine.families.plans import Plan
 from moescope.engine.header import TensorInfo
+from moescope.engine.operators import MoE, RoutedAttention
 from moescope.engine.towers import Text, parts_of, text_of
 from moescope.errors import MoescopeError
 from moescope.safety import single_line

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import DecoderSpec, Layer, Norm
+from moescope.engine.decoder import DecoderSpec, Layer
 from moescope.engine.families import biased, common, latent
 from moescope.engine.families.biased import Usual
 from moescope.engine.families.deepseek import INDEX_NOTE
 from moescope.engine.families.family import Family
 from moescope.engine.families.latent import Ranks
 from moescope.engine.families.names import PRE_NORM_NAMES, Constant, Names
+from moescope.engine.operators import Norm
 
 
 def axk1(config: Fields) -> DecoderSpec:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, Attention, Branch, DecoderSpec, Layer, MoE, Norm
+from moescope.engine.decoder import Branch, DecoderSpec, Layer
 from moescope.engine.families import biased, common, ropes
 from moescope.engine.families.biased import Usual
 from moescope.engine.families.common import FULL, SLIDING
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES, Names
+from moescope.engine.operators import MLP, Attention, MoE, Norm
 
 WINDOW, WARMTH, FLOOR = 512, 0.1, 2048
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, Attention, DecoderSpec, MoE, Operator
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import common
+from moescope.engine.operators import MLP, Attention, MoE, Operator
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")

@@ -11,21 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import (
-    MLP,
-    Activation,
-    Attention,
-    Branch,
-    DecoderSpec,
-    Experts,
-    Layer,
-    MoE,
-    Norm,
-    Operator,
-    Rope,
-)
+from moescope.engine.decoder import Branch, DecoderSpec, Layer
 from moescope.engine.families import ropes
 from moescope.engine.families.ropes import Applies
+from moescope.engine.operators import MLP, Activation, Attention, Experts, MoE, Norm, Operator, Rope
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 SIZE, COUNT = 1 << 20, 4096

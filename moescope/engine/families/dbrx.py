@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Literal
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import Attention, DecoderSpec, Experts, MoE, Norm
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import common, ropes
 from moescope.engine.families.common import COUNT, SIZE, Sizes
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import Names
+from moescope.engine.operators import Attention, Experts, MoE, Norm
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 NAMES: Names = {

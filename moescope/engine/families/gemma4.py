@@ -9,21 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import (
-    MLP,
-    Attention,
-    Branch,
-    DecoderSpec,
-    Experts,
-    Layer,
-    MoE,
-    Norm,
-    Pass,
-)
+from moescope.engine.decoder import Branch, DecoderSpec, Layer
 from moescope.engine.families import common, ropes
 from moescope.engine.families.common import FULL, SLIDING
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES, Names
+from moescope.engine.operators import MLP, Attention, Experts, MoE, Norm, Pass
 
 NAMES: Names = {
     **PRE_NORM_NAMES,

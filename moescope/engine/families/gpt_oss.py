@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import DecoderSpec, Experts, MoE, Norm
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import common
 from moescope.engine.families.common import FULL, SLIDING
 from moescope.engine.families.family import Family
 from moescope.engine.families.layouts import GPT_OSS
 from moescope.engine.families.names import PRE_NORM_NAMES
+from moescope.engine.operators import Experts, MoE, Norm
 
 
 def gpt_oss(config: Fields) -> DecoderSpec:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, Attention, DecoderSpec, MoE, Rope
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import common
 from moescope.engine.families.common import FULL, SLIDING
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES, Names
+from moescope.engine.operators import MLP, Attention, MoE, Rope
 
 NAMES: Names = {
     **PRE_NORM_NAMES,

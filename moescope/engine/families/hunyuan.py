@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, DecoderSpec, MoE
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import common, ropes
 from moescope.engine.families.family import Family
 from moescope.engine.families.forms import In
 from moescope.engine.families.names import PRE_NORM_NAMES, Names
+from moescope.engine.operators import MLP, MoE
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 # Older checkpoints have q, k and v in one tensor, and up and gate.

@@ -7,11 +7,12 @@ Sources: arXiv 2510.26692; transformers `modeling_kimi_linear.py` and `modeling_
 from __future__ import annotations
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import Branch, DecoderSpec, Layer, LinearAttention, Norm, Operator
+from moescope.engine.decoder import Branch, DecoderSpec, Layer
 from moescope.engine.families import biased, common, latent
 from moescope.engine.families.family import Family
 from moescope.engine.families.forms import In
 from moescope.engine.families.names import PRE_NORM_NAMES, Names, Stack
+from moescope.engine.operators import LinearAttention, Norm, Operator
 
 LINEAR, FULL = "linear_attention", "full_attention"
 # What published configs call the fields that others share.

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, Attention, DecoderSpec, MoE, Rope
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import biased, common, ropes
 from moescope.engine.families.common import FULL, SLIDING
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES
+from moescope.engine.operators import MLP, Attention, MoE, Rope
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 # type of layer -> base and turned share of a head, where the config has no ropes at all

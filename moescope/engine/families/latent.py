@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLA, Indexer, Norm, Rope
 from moescope.engine.families import common, ropes
 from moescope.engine.families.ropes import Applies
+from moescope.engine.operators import MLA, Indexer, Norm, Rope
 
 LATENT_EPS = 1e-6  # of the norms on latents, whatever rms_norm_eps is
 

@@ -7,10 +7,11 @@ Source: transformers `modeling_lfm2_moe.py`. The router scores in the model's dt
 from __future__ import annotations
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, Branch, DecoderSpec, Layer, MoE, Norm, ShortConv
+from moescope.engine.decoder import Branch, DecoderSpec, Layer
 from moescope.engine.families import biased, common
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES, Names
+from moescope.engine.operators import MLP, MoE, Norm, ShortConv
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 CONV, FULL = "conv", "full_attention"

@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, Attention, DecoderSpec, MoE, Norm, Rope
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import common, ropes
 from moescope.engine.families.common import FULL
 from moescope.engine.families.family import Family
 from moescope.engine.families.layouts import MLX_BARE, TRANSPOSED
 from moescope.engine.families.names import PRE_NORM_NAMES
+from moescope.engine.operators import MLP, Attention, MoE, Norm, Rope
 
 CHUNKED = "chunked_attention"
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, Branch, DecoderSpec, Experts, Layer, MoE, Norm, Pass
+from moescope.engine.decoder import Branch, DecoderSpec, Layer
 from moescope.engine.families import common, latent, ropes
 from moescope.engine.families.biased import EXPERTS, read_scale
 from moescope.engine.families.family import Family
 from moescope.engine.families.latent import Ranks
 from moescope.engine.families.names import PRE_NORM_NAMES, Names
+from moescope.engine.operators import MLP, Experts, MoE, Norm, Pass
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 DENSE = ("ffn_hidden_size", "intermediate_size")

@@ -10,22 +10,20 @@ import math
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import (
+from moescope.engine.decoder import Branch, DecoderSpec, Layer
+from moescope.engine.families import biased, common
+from moescope.engine.families.family import Family
+from moescope.engine.families.names import PRE_NORM_NAMES, Names
+from moescope.engine.operators import (
     MLP,
     Activation,
     Attention,
-    Branch,
-    DecoderSpec,
     Experts,
-    Layer,
     MoE,
     Norm,
     Operator,
     StateSpace,
 )
-from moescope.engine.families import biased, common
-from moescope.engine.families.family import Family
-from moescope.engine.families.names import PRE_NORM_NAMES, Names
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 LINEAR, FULL, SPARSE, DENSE = "linear_attention", "full_attention", "moe", "mlp"

@@ -6,11 +6,12 @@ Source: transformers `modeling_mellum.py`.
 from __future__ import annotations
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, DecoderSpec, MoE
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import common, ropes
 from moescope.engine.families.common import FULL, SLIDING
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES
+from moescope.engine.operators import MLP, MoE
 
 DENSE, SPARSE = "dense", "sparse"
 

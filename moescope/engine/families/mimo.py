@@ -8,10 +8,11 @@ how many earlier tokens a query sees beside itself, and by `hybrid_layer_pattern
 from __future__ import annotations
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import Attention, DecoderSpec, Rope
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import biased, common, ropes
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES, Names
+from moescope.engine.operators import Attention, Rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 THETA = {FULL: 5e6, SLIDING: 1e4}

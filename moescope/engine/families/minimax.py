@@ -6,10 +6,11 @@ Source: transformers `modeling_minimax_m2.py`. Its gate's product is in the mode
 from __future__ import annotations
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import DecoderSpec, MoE
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import biased, common, ropes
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES
+from moescope.engine.operators import MoE
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 

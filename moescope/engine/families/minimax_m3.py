@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, Attention, Branch, DecoderSpec, Experts, Layer, MoE, Norm
+from moescope.engine.decoder import Branch, DecoderSpec, Layer
 from moescope.engine.families import biased, common, ropes
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES, Names
+from moescope.engine.operators import MLP, Attention, Experts, MoE, Norm
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 SPARSE, FULL = "minimax_m3_sparse", "full_attention"

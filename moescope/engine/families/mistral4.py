@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLA, DecoderSpec, Rope
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import biased, common, latent, ropes
 from moescope.engine.families.family import Family
 from moescope.engine.families.latent import Ranks
 from moescope.engine.families.names import PRE_NORM_NAMES
+from moescope.engine.operators import MLA, Rope
 from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 CONTEXT = 1048576

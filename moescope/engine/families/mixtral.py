@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import DecoderSpec, MoE
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import common
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES
+from moescope.engine.operators import MoE
 
 
 def mixtral(config: Fields) -> DecoderSpec:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import Branch, DecoderSpec, Layer, MoE, Norm
+from moescope.engine.decoder import Branch, DecoderSpec, Layer
 from moescope.engine.families import common
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import POST_NORM_NAMES, PRE_NORM_NAMES
+from moescope.engine.operators import MoE, Norm
 
 
 def olmoe(config: Fields) -> DecoderSpec:

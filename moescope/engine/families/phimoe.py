@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import DecoderSpec, MoE, Norm
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import common, ropes
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES
+from moescope.engine.operators import MoE, Norm
 
 
 def phimoe(config: Fields) -> DecoderSpec:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import MLP, Attention, DecoderSpec, Experts, MoE
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import common
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES
+from moescope.engine.operators import MLP, Attention, Experts, MoE
 from moescope.kernels.spec import RouterSpec
 
 FULL, SLIDING = "full_attention", "sliding_attention"

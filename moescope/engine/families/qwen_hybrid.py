@@ -8,21 +8,12 @@ Sources: arXiv 2412.06464 (the mixer); transformers `modeling_qwen3_next.py` and
 from __future__ import annotations
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import (
-    MLP,
-    Attention,
-    Branch,
-    DecoderSpec,
-    Layer,
-    LinearAttention,
-    MoE,
-    Norm,
-    Operator,
-)
+from moescope.engine.decoder import Branch, DecoderSpec, Layer
 from moescope.engine.families import common, ropes
 from moescope.engine.families.family import Family
 from moescope.engine.families.forms import In
 from moescope.engine.families.names import PRE_NORM_NAMES, Names
+from moescope.engine.operators import MLP, Attention, LinearAttention, MoE, Norm, Operator
 from moescope.kernels.spec import RouterSpec
 
 LINEAR, FULL = "linear_attention", "full_attention"

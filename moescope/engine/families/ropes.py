@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from moescope.engine.config import Fields
-from moescope.engine.decoder import Rope, RopeScaling
+from moescope.engine.operators import Rope, RopeScaling
 
 Applies = Literal["model", "float32"]
 Style = Literal["half", "interleaved"]

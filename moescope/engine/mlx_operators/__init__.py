@@ -12,17 +12,6 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from moescope.engine.decoder import (
-    MLA,
-    MLP,
-    Attention,
-    LinearAttention,
-    MoE,
-    Pass,
-    RoutedAttention,
-    ShortConv,
-    StateSpace,
-)
 from moescope.engine.mlx_operators.attention import MLXAttention
 from moescope.engine.mlx_operators.common import DTYPES, Call, Held, Stateless, Static, Weights
 from moescope.engine.mlx_operators.experts import MLXExperts
@@ -36,6 +25,17 @@ from moescope.engine.mlx_operators.rope import rotary_table, switches
 from moescope.engine.mlx_operators.routed_attention import MLXRoutedAttention
 from moescope.engine.mlx_operators.short_conv import MLXShortConv
 from moescope.engine.mlx_operators.state_space import Mamba1, Mamba2
+from moescope.engine.operators import (
+    MLA,
+    MLP,
+    Attention,
+    LinearAttention,
+    MoE,
+    Pass,
+    RoutedAttention,
+    ShortConv,
+    StateSpace,
+)
 
 __all__ = [
     "DTYPES",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from moescope.engine.decoder import MLP, Experts
+from moescope.engine.operators import MLP, Experts
 
 Activate = Callable[[mx.array], mx.array]
 

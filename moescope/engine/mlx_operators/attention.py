@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from moescope.engine.decoder import Attention
 from moescope.engine.mlx_operators.activations import softplus
 from moescope.engine.mlx_operators.common import DTYPES, Call, Held, Weights
 from moescope.engine.mlx_operators.matrix import Matrix, array, matrix
 from moescope.engine.mlx_operators.norms import make_norm
 from moescope.engine.mlx_operators.rope import rotate
+from moescope.engine.operators import Attention
 
 
 class CachedAttention:

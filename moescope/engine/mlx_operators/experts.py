@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from moescope.engine.decoder import MoE
 from moescope.engine.mlx_operators.activations import make_activation
 from moescope.engine.mlx_operators.common import DTYPES, Weights
 from moescope.engine.mlx_operators.matrix import array, matrix
+from moescope.engine.operators import MoE
 
 SORT_FROM = 64  # picks in a call from which rows are sorted by expert
 

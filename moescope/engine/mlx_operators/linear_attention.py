@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from moescope.engine.decoder import LinearAttention
 from moescope.engine.mlx_operators.activations import silu, softplus
 from moescope.engine.mlx_operators.common import Call, Weights
 from moescope.engine.mlx_operators.matrix import Matrix, array, matrix
 from moescope.engine.mlx_operators.recurrent import Recurrent, of_lanes, with_lanes
+from moescope.engine.operators import LinearAttention
 
 CHUNK = 64
 FEW = 8  # tokens that are cheaper one by one

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from moescope.engine.decoder import MLA, Indexer
 from moescope.engine.mlx_operators.attention import of_lanes, written
 from moescope.engine.mlx_operators.common import DTYPES, Call, Held, Weights
 from moescope.engine.mlx_operators.matrix import Matrix, array, matrix
 from moescope.engine.mlx_operators.norms import load_norm
 from moescope.engine.mlx_operators.rope import rotate
+from moescope.engine.operators import MLA, Indexer
 
 
 class MLXMLA:

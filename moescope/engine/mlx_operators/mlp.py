@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from moescope.engine.decoder import MLP
 from moescope.engine.mlx_operators.activations import make_activation
 from moescope.engine.mlx_operators.common import Call, Stateless, Weights
 from moescope.engine.mlx_operators.matrix import array, matrix
+from moescope.engine.operators import MLP
 
 
 class MLXMLP(Stateless):

@@ -7,12 +7,12 @@ from functools import partial
 
 import mlx.core as mx
 
-from moescope.engine.decoder import MoE, RoutedAttention
 from moescope.engine.mlx_operators.common import DTYPES, Call, Stateless, Weights
 from moescope.engine.mlx_operators.experts import MLXExperts
 from moescope.engine.mlx_operators.matrix import Dense, Matrix, array, matrix
 from moescope.engine.mlx_operators.mlp import MLXMLP
 from moescope.engine.mlx_operators.norms import make_norm
+from moescope.engine.operators import MoE, RoutedAttention
 from moescope.kernels.mlx_ops import route_mlx
 from moescope.kernels.policy_rows import COLUMN
 from moescope.kernels.spec import Routing

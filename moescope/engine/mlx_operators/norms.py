@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from moescope.engine.decoder import Norm
 from moescope.engine.mlx_operators.activations import silu
 from moescope.engine.mlx_operators.common import Weights
 from moescope.engine.mlx_operators.matrix import Matrix, array, matrix
+from moescope.engine.operators import Norm
 
 Normalise = Callable[[mx.array], mx.array]
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.engine.decoder import Rope, RopeScaling
+from moescope.engine.operators import Rope, RopeScaling
 
 F32 = NDArray[np.float32]
 Found = tuple[NDArray[Any], float]

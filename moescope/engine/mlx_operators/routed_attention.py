@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from moescope.engine.decoder import Attention, RoutedAttention
 from moescope.engine.mlx_operators.attention import CachedAttention
 from moescope.engine.mlx_operators.common import DTYPES, Call, Weights
 from moescope.engine.mlx_operators.experts import readable, summed, through
 from moescope.engine.mlx_operators.matrix import array, matrix
 from moescope.engine.mlx_operators.moe import MLXRouter
 from moescope.engine.mlx_operators.rope import rotate
+from moescope.engine.operators import Attention, RoutedAttention
 
 
 class MLXRoutedAttention(CachedAttention):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from moescope.engine.decoder import ShortConv
 from moescope.engine.mlx_operators.common import Call, Weights
 from moescope.engine.mlx_operators.matrix import array, matrix
 from moescope.engine.mlx_operators.recurrent import Recurrent
+from moescope.engine.operators import ShortConv
 
 
 class MLXShortConv(Recurrent):

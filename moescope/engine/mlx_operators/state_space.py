@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from moescope.engine.decoder import StateSpace
 from moescope.engine.mlx_operators.activations import silu, softplus
 from moescope.engine.mlx_operators.common import Call, Weights
 from moescope.engine.mlx_operators.matrix import array, matrix
 from moescope.engine.mlx_operators.norms import load_norm
 from moescope.engine.mlx_operators.recurrent import Recurrent, of_lanes, with_lanes
+from moescope.engine.operators import StateSpace
 
 CHUNK = 64
 FEW = 4  # tokens that are cheaper one by one

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moescope.engine.decoder import (
+from moescope.engine.operators import (
     MLA,
     MLP,
     Attention,

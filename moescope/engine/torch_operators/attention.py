@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moescope.engine.decoder import Attention
+from moescope.engine.operators import Attention
 from moescope.engine.torch_operators.common import Call, Weights, linear
 from moescope.engine.torch_operators.norms import make_norm
 from moescope.engine.torch_operators.rope import rotate

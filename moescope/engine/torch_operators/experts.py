@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from moescope.engine.decoder import Experts, MoE
+from moescope.engine.operators import Experts, MoE
 from moescope.engine.torch_operators.common import DTYPES, Weights, linear
 from moescope.engine.torch_operators.mlp import make_activation
 from moescope.kernels import native_experts

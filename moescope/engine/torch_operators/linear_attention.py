@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moescope.engine.decoder import LinearAttention
+from moescope.engine.operators import LinearAttention
 from moescope.engine.torch_operators.common import Call, Weights, linear, split
 from moescope.engine.torch_operators.recurrent import Recurrent
 

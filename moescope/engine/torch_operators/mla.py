@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moescope.engine.decoder import MLA, Indexer
+from moescope.engine.operators import MLA, Indexer
 from moescope.engine.torch_operators.common import Call, Weights, linear, split
 from moescope.engine.torch_operators.norms import load_norm
 from moescope.engine.torch_operators.rope import rotate

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moescope.engine.decoder import MLP, Experts
+from moescope.engine.operators import MLP, Experts
 from moescope.engine.torch_operators.common import Stateless, Weights, linear
 
 

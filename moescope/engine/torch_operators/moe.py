@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moescope.engine.decoder import MoE, RoutedAttention
+from moescope.engine.operators import MoE, RoutedAttention
 from moescope.engine.torch_operators.common import DTYPES, Call, Groups, Stateless, Weights, linear
 from moescope.engine.torch_operators.experts import TorchExperts
 from moescope.engine.torch_operators.mlp import TorchMLP

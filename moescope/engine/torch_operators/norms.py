@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moescope.engine.decoder import Norm
+from moescope.engine.operators import Norm
 from moescope.engine.torch_operators.common import Weights, linear
 
 Normalise = Callable[[Tensor], Tensor]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moescope.engine.decoder import Rope, RopeScaling
+from moescope.engine.operators import Rope, RopeScaling
 
 Rotation = tuple[Tensor, Tensor]  # cos, signed sin [R, 1, dims]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moescope.engine.decoder import Attention, RoutedAttention
+from moescope.engine.operators import Attention, RoutedAttention
 from moescope.engine.torch_operators.attention import CachedAttention
 from moescope.engine.torch_operators.common import DTYPES, Call, Weights, linear
 from moescope.engine.torch_operators.moe import TorchRouter

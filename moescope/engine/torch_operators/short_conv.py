@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moescope.engine.decoder import ShortConv
+from moescope.engine.operators import ShortConv
 from moescope.engine.torch_operators.common import Call, Weights, linear
 from moescope.engine.torch_operators.recurrent import Recurrent
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moescope.engine.decoder import StateSpace
+from moescope.engine.operators import StateSpace
 from moescope.engine.torch_operators.common import Call, Weights, linear, split
 from moescope.engine.torch_operators.norms import load_norm
 from moescope.engine.torch_operators.recurrent import Recurrent
