@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any
 
-from moescope.engine import decoder
+from moescope.engine import decoder, operators
 from moescope.engine.decoder import Branch, DecoderSpec
 from moescope.engine.operators import Attention, MoE, RoutedAttention
 from moescope.kernels import spec as router_spec
@@ -21,7 +21,7 @@ from tests.oracle.flips import ACTIVATIONS, FLIPS, SCORES, Turn, to
 ROUTED = MoE | RoutedAttention
 _CLASSES: dict[str, Any] = {
     name: held
-    for module in (decoder, router_spec)
+    for module in (decoder, operators, router_spec)
     for name, held in vars(module).items()
     if is_dataclass(held)
 }
