@@ -69,8 +69,8 @@ TORCH = Limits(
         },
     },
 )
-# One token through fused kernels; what they do not cover goes through the torch operators.
-FUSED = Limits(
+# One token in one CUDA graph; what that does not cover goes through the torch operators.
+GRAPH = Limits(
     (Attention, MLP, MoE),
     {
         DecoderSpec: {
@@ -126,6 +126,8 @@ FUSED = Limits(
         },
     },
 )
+# One token in one call of the C library on a CPU.
+NATIVE = GRAPH
 
 
 def refuse_unsupported(spec: DecoderSpec) -> None:
@@ -138,9 +140,9 @@ def refuse_unsupported(spec: DecoderSpec) -> None:
         )
 
 
-def why_not_fused(spec: DecoderSpec) -> str:
-    """Why the fused steps do not cover a decoder; "" where they do."""
-    if (found := FUSED.first(spec)) is not None:
+def why_not_fused(spec: DecoderSpec, program: Limits) -> str:
+    """Why a fused step, `NATIVE` or `GRAPH`, does not cover a decoder; "" where it does."""
+    if (found := program.first(spec)) is not None:
         name, value = found
         return f"{name} {value}: no fused form"
     for _, branch in spec.operators():

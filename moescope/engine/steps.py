@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moescope.engine.decoder import DecoderSpec
 from moescope.engine.interpreter import Draw, Router, StepOutput
-from moescope.engine.limits import why_not_fused
+from moescope.engine.limits import GRAPH, NATIVE, why_not_fused
 from moescope.kernels.policy_rows import WIDTH, pack
 from moescope.kernels.spec import RouterSpec
 from moescope.trace.frames import RecordLevel
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STEPS = {
-    "cpu": ("moescope.engine.native_step", "NativeStep"),
-    "cuda": ("moescope.engine.graph_step", "GraphStep"),
+    "cpu": ("moescope.engine.native_step", "NativeStep", NATIVE),
+    "cuda": ("moescope.engine.graph_step", "GraphStep", GRAPH),
 }
 K_LIMIT = 32  # picks a lane can ask for; buffers hold min(E, 32) of each router, or K if larger
 
@@ -120,9 +120,9 @@ class Step(Protocol):
 
 def fused_step(shared: Shared) -> tuple[Step | None, str]:
     """The fused step for a decoder, or None and why there is none."""
-    if why := why_not_fused(shared.spec):
+    place, name, program = STEPS["cpu" if shared.device.startswith("cpu") else "cuda"]
+    if why := why_not_fused(shared.spec, program):
         return None, why
-    place, name = STEPS["cpu" if shared.device.startswith("cpu") else "cuda"]
     try:
         kind = getattr(import_module(place), name)
     except ModuleNotFoundError as error:

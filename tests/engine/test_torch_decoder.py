@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moescope.engine.interpreter import StepOutput
-from moescope.engine.limits import refuse_unsupported, why_not_fused
+from moescope.engine.limits import GRAPH, refuse_unsupported, why_not_fused
 from moescope.engine.load import load_model
 from moescope.engine.operators import Attention
 from moescope.engine.protocol import LoadRequest
@@ -342,7 +342,7 @@ def test_what_no_fused_step_does_is_left_to_the_operators(folder: Path) -> None:
         branch = replace(layer.branches[0], operator=replace(attention, **edit))
         wrong = replace(layer, branches=(branch, layer.branches[1]))
         edited = replace(spec, layers=(wrong, *spec.layers[1:]))
-        assert why_not_fused(edited) == f"{named}: no fused form"
+        assert why_not_fused(edited, GRAPH) == f"{named}: no fused form"
         refuse_unsupported(edited)
 
 
