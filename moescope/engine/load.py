@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from moescope.engine import devices, families, parameters
@@ -215,18 +216,20 @@ def _reader(device: str) -> Callable[[Inspected, Progress], tuple[dict[str, Any]
 
 
 class Reporter:
-    """Progress in bytes, at most twenty times a second."""
+    """Progress in bytes, at most twenty times a second. Several threads may count."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
         self.what, self.last = "", 0.0
+        self._lock = Lock()
 
     def __call__(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if now - self.last >= _REPORT_SECONDS or self.done >= self.total:
-            self.last = now
-            self.progress(Loading("reading", self.done, self.total, self.what))
+        with self._lock:
+            self.done += count
+            now = time.monotonic()
+            if now - self.last >= _REPORT_SECONDS or self.done >= self.total:
+                self.last = now
+                self.progress(Loading("reading", self.done, self.total, self.what))
 
 
 def bytes_of(pieces: Iterable[Piece], checkpoint: Checkpoint) -> int:

@@ -7,6 +7,9 @@ packed is expanded, some rows at a time.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from moescope.engine.load import Inspected, Progress
 
 PIECE = 4 << 20  # elements looked at together
+READERS = 4  # threads: memory is touched for the first time while it is read into, which takes long
 
 
 def read(found: Inspected, progress: Progress) -> tuple[dict[str, Tensor], list[str]]:
@@ -35,19 +39,17 @@ def read(found: Inspected, progress: Progress) -> tuple[dict[str, Tensor], list[
     report = Reporter(progress, bytes_of(pieces, checkpoint))
     weights: dict[str, Tensor] = {}
     notes: list[str] = []
-    for placement in found.plan.placements:
-        target = _empty(placement, found)
-        if placement.constant is not None:
-            target.fill_(placement.constant)
-        count = 0
-        for piece in placement.pieces:
-            report.what = checkpoint.tensors[piece.published[0]].shard
-            count += _fill(target, piece, checkpoint, report)
-        if len(placement.shape) < 3:
-            count = _non_finite(target)
-        if count:
-            notes.append(f"{called(placement.target)} holds {count} values that are not finite")
-        weights[placement.target] = target
+    with _readers() as readers:
+        for placement in found.plan.placements:
+            target = _empty(placement, found)
+            if placement.constant is not None:
+                target.fill_(placement.constant)
+            count = _filled(target, placement, checkpoint, report, readers)
+            if len(placement.shape) < 3:
+                count = _non_finite(target)
+            if count:
+                notes.append(f"{called(placement.target)} holds {count} values that are not finite")
+            weights[placement.target] = target
     checkpoint.verify_unchanged()
     return weights, shortened(notes)
 
@@ -63,6 +65,35 @@ def _empty(placement: Placement, found: Inspected) -> Tensor:
     if tensor.device.type == "cpu":
         devices.ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+@contextmanager
+def _readers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that read; what has not begun when an error or an interrupt ends reading, is not."""
+    readers = ThreadPoolExecutor(min(READERS, torch.get_num_threads()), "reading")
+    try:
+        yield readers
+    finally:
+        readers.shutdown(cancel_futures=True)
+
+
+def _filled(
+    target: Tensor,
+    placement: Placement,
+    checkpoint: Checkpoint,
+    report: Reporter,
+    readers: ThreadPoolExecutor,
+) -> int:
+    """Read the pieces of a tensor, those of single experts beside each other: they are small, so
+    what is held beside the weights stays so. Returns how many packed values are not finite."""
+
+    def fill(piece: Piece) -> int:
+        report.what = checkpoint.tensors[piece.published[0]].shard
+        return _fill(target, piece, checkpoint, report)
+
+    if all(piece.expert is not None for piece in placement.pieces):
+        return sum(readers.map(fill, placement.pieces))
+    return sum(map(fill, placement.pieces))
 
 
 def _rows(target: Tensor, piece: Piece) -> Tensor:

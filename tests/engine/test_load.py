@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,25 @@ def test_loading_holds_little_more_than_the_weights(
     grown, weights = peak_and_weights(folder, large, dtype)
     assert weights > 90e6 / (2 if dtype == "bfloat16" else 1)
     assert grown <= 1.1 * weights, (grown, weights)
+
+
+class _Left(Exception):
+    pass
+
+
+def test_a_listener_that_raises_ends_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where several threads read: nothing goes on behind a load that was given up."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(load, "_REPORT_SECONDS", 0.0)
+    heard: list[int] = []
+
+    def progress(event: Loading) -> None:
+        if event.stage == "reading":
+            heard.append(event.done)
+            if len(heard) > 5:
+                raise _Left
+
+    with pytest.raises(_Left):
+        load_model(LoadRequest(str(folder), device="cpu"), progress)
+    assert not [t for t in threading.enumerate() if t.name.startswith("reading")]
+    assert len(heard) < 20
