@@ -128,7 +128,7 @@ class CachedAttention:
 
 
 # What queries are multiplied by, for positions counted from 1 (Llama 4; Beam).
-_WARMTH: dict[str, Callable[[Tensor, Attention], Tensor]] = {
+WARMTH: dict[str, Callable[[Tensor, Attention], Tensor]] = {
     "log": lambda at, s: (
         torch.log1p(torch.floor(at / s.temperature_floor)) * s.temperature_scale + 1
     ),
@@ -195,7 +195,7 @@ class TorchAttention(CachedAttention):
         if s.qk_norm_after_rope:
             qk = self.normalise(qk.flatten(1)).view_as(qk)
         if s.temperature_scale:
-            warmth = _WARMTH[s.temperature_kind](call.positions.float() + 1, s)
+            warmth = WARMTH[s.temperature_kind](call.positions.float() + 1, s)
             queries = (qk[:, : s.heads] * warmth[:, None, None]).to(qk.dtype)
             qk = torch.cat((queries, qk[:, s.heads :]), 1)
         return qk

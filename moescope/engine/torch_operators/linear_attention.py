@@ -20,10 +20,11 @@ from moescope.engine.torch_operators.recurrent import Recurrent
 
 CHUNK = 64
 FEW = 8  # tokens that are cheaper one by one
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # qkv, log decays, write strengths, gate
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
-class _Delta(Recurrent):
+class Delta(Recurrent):
     """What both kinds share: convolved q, k, v, the scan, and a gated norm before the output."""
 
     def __init__(
@@ -42,20 +43,28 @@ class _Delta(Recurrent):
         self.norm = weights[f"{path}.norm.weight"]
         self.out = weights[f"{path}.out_proj.weight"]
 
+    def __call__(self, h: Tensor, call: Call) -> Tensor:
+        qkv, g, strength, gate = self.inputs(h)
+        return self.finish(self.mix(qkv, g, strength, call), gate)
+
+    def inputs(self, h: Tensor) -> Inputs:
+        """What `mix` takes of h [R, H], and the gate before the output."""
+        raise NotImplementedError
+
     def mix(self, qkv: Tensor, g: Tensor, strength: Tensor, call: Call) -> Tensor:
         """qkv [R, channels], g [R, value heads] or [.., Dk], strength [R, value heads] -> [R, value
         heads, Dv]."""
         parts = []
         for lane, _, rows in call.spans():
             convolved = self.convolve(lane, qkv[rows], self.conv, None, F.silu)
-            q, k, v = self._heads(convolved)
+            q, k, v = self.heads(convolved)
             out, self.matrix[lane] = delta_rule(
                 q, k, v, g[rows].float(), strength[rows].float(), self.matrix[lane]
             )
             parts.append(out.to(qkv.dtype))
         return torch.cat(parts)
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """float32 [T, value heads, D]: a query head serves consecutive value heads."""
         s, T = self.spec, len(qkv)
         q, k, v = split(qkv.float(), self.keys, self.keys, self.values)
@@ -77,7 +86,7 @@ class _Delta(Recurrent):
         return linear(wide.to(mixed.dtype).flatten(1), self.out)
 
 
-class GatedDelta(_Delta):
+class GatedDelta(Delta):
     """One decay a head (Qwen3-Next)."""
 
     def __init__(
@@ -87,16 +96,15 @@ class GatedDelta(_Delta):
         self.qkvz = weights[f"{path}.in_proj_qkvz.weight"]  # rows of q, k, v, then the gate z
         self.ba = weights[f"{path}.in_proj_ba.weight"]  # write strengths, then decays
 
-    def __call__(self, h: Tensor, call: Call) -> Tensor:
+    def inputs(self, h: Tensor) -> Inputs:
         qkvz, ba = linear(h, self.qkvz), linear(h, self.ba)
         strength, a = ba.chunk(2, -1)
         g = -self.decay_rate * F.softplus(a.float() + self.dt_bias)
         split = 2 * self.keys + self.values
-        mixed = self.mix(qkvz[:, :split], g, torch.sigmoid(strength), call)
-        return self.finish(mixed, qkvz[:, split:])
+        return qkvz[:, :split], g, torch.sigmoid(strength), qkvz[:, split:]
 
 
-class KimiDelta(_Delta):
+class KimiDelta(Delta):
     """One decay a channel, and a gate through a narrow layer (Kimi Linear)."""
 
     def __init__(
@@ -108,7 +116,7 @@ class KimiDelta(_Delta):
             weights.get(f"{path}.{name}.weight") for name in names
         )
 
-    def __call__(self, h: Tensor, call: Call) -> Tensor:
+    def inputs(self, h: Tensor) -> Inputs:
         s = self.spec
         assert self.qkv is not None and self.strength is not None
         forget = _through(h, self.forget_a, self.forget_b).float() + self.dt_bias
@@ -119,8 +127,7 @@ class KimiDelta(_Delta):
         else:
             g = -rate * F.softplus(forget.view(shape))
         strength = torch.sigmoid(linear(h, self.strength))
-        mixed = self.mix(linear(h, self.qkv), g, strength, call)
-        return self.finish(mixed, _through(h, self.gate_a, self.gate_b))
+        return linear(h, self.qkv), g, strength, _through(h, self.gate_a, self.gate_b)
 
 
 def _through(h: Tensor, narrow: Tensor | None, wide: Tensor | None) -> Tensor:

@@ -62,13 +62,7 @@ class TorchMLA:
 
     def __call__(self, h: Tensor, call: Call) -> Tensor:
         s = self.spec
-        latent, q = self.queries(h)
-        gate = None
-        if s.gate == "in_q_proj":
-            q, gate = split(q, s.nope_dim + s.rope_dim, s.v_dim)
-        elif self.gate is not None:
-            gate = linear(h, self.gate)[..., None]
-        q, rows = self._turned(q, h, call)
+        latent, q, gate, rows = self.projected(h, call)
         if self.indexer is not None:
             assert latent is not None
             call.choices[:] = self.indexer(h, latent, call)
@@ -80,10 +74,29 @@ class TorchMLA:
             seen = call.choices[n] if limited and call.choices else None
             attend = self._one if call.tokens == 1 else self._many
             parts.append(attend(q[span], self.cache[lane, :end], seen))
-        mixed = parts[0] if len(parts) == 1 else torch.cat(parts)  # [R, heads, v_dim]
+        return self.finish(parts[0] if len(parts) == 1 else torch.cat(parts), gate)
+
+    def projected(
+        self, h: Tensor, call: Call
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+        """The latent of the queries, queries [R, heads, nope + rope], what gates the output, and
+        the new rows of the cache [R, latent + rope]."""
+        s = self.spec
+        latent, q = self.queries(h)
+        gate = None
+        if s.gate == "in_q_proj":
+            q, gate = split(q, s.nope_dim + s.rope_dim, s.v_dim)
+        elif self.gate is not None:
+            gate = linear(h, self.gate)[..., None]
+        q, rows = self._turned(q, h, call)
+        return latent, q, gate, rows
+
+    def finish(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """mixed [R, heads, v_dim], gated -> [R, H]."""
         if gate is not None:
-            gate = torch.sigmoid(gate.float())
-            mixed = (mixed * (gate if s.gate == "in_q_proj" else gate.to(mixed.dtype))).to(h.dtype)
+            wide = torch.sigmoid(gate.float())
+            wide = wide if self.spec.gate == "in_q_proj" else wide.to(mixed.dtype)
+            mixed = (mixed * wide).to(mixed.dtype)
         return linear(mixed.flatten(1), self.out, self.out_bias)
 
     def _turned(self, q: Tensor, h: Tensor, call: Call) -> tuple[Tensor, Tensor]:

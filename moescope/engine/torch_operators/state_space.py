@@ -41,28 +41,39 @@ class Mamba2(Recurrent):
         )
 
     def __call__(self, h: Tensor, call: Call) -> Tensor:
-        s = self.spec
-        sizes = (s.inner, s.inner + 2 * self.bc, s.heads)
-        gate, xbc, dt = split(linear(h, self.inner, self.inner_bias), *sizes)
-        dt = F.softplus(dt + self.dt_bias).clamp(s.dt_floor, s.dt_ceiling).float()
+        gate, xbc, dt = self.inputs(h)
         parts = []
         for lane, _, rows in call.spans():
             convolved = self.convolve(lane, xbc[rows], self.conv, self.conv_bias, F.silu)
             out, self.matrix[lane] = self._scan(convolved.float(), dt[rows], self.matrix[lane])
             parts.append(out)
-        mixed = torch.cat(parts)  # [R, inner] float32
-        return linear(self._gated(mixed, gate).to(h.dtype), self.out, self.out_bias)
+        return self.finish(torch.cat(parts), gate)
+
+    def inputs(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gate, what is convolved, and the steps dt [R, heads] float32."""
+        s = self.spec
+        sizes = (s.inner, s.inner + 2 * self.bc, s.heads)
+        gate, xbc, dt = split(linear(h, self.inner, self.inner_bias), *sizes)
+        return gate, xbc, F.softplus(dt + self.dt_bias).clamp(s.dt_floor, s.dt_ceiling).float()
+
+    def finish(self, mixed: Tensor, gate: Tensor) -> Tensor:
+        """mixed [R, inner] float32, gated and normed -> [R, H]."""
+        return linear(self._gated(mixed, gate).to(gate.dtype), self.out, self.out_bias)
 
     def _scan(self, xbc: Tensor, dt: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        s, T = self.spec, len(xbc)
-        x, b, c = split(xbc, s.inner, self.bc, self.bc)
-        x = x.reshape(T, s.heads, s.head_dim)
-        b, c = (
-            y.reshape(T, s.groups, s.state_size).repeat_interleave(s.heads // s.groups, 1)
-            for y in (b, c)
-        )
+        x, b, c = self.selected(xbc)
         out, state = selective_scan(x * dt[..., None], dt * self.rate, b, c, state)
         return (out + self.skip[:, None] * x).flatten(1), state
+
+    def selected(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [R, heads, D], B and C [R, heads, N] of convolved rows."""
+        s, R = self.spec, len(xbc)
+        x, b, c = split(xbc, s.inner, self.bc, self.bc)
+        b, c = (
+            y.reshape(R, s.groups, s.state_size).repeat_interleave(s.heads // s.groups, 1)
+            for y in (b, c)
+        )
+        return x.reshape(R, s.heads, s.head_dim), b, c
 
     def _gated(self, mixed: Tensor, gate: Tensor) -> Tensor:
         """The gate, then a norm over each group of channels."""
@@ -146,15 +157,20 @@ class Mamba1(Recurrent):
 
     def _scan(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, inner], one token after the other."""
-        s = self.spec
-        selected = split(linear(x, self.select), s.dt_rank, s.state_size, s.state_size)
-        dt, b, c = (
-            y if norm is None else norm(y) for y, norm in zip(selected, self.norms, strict=True)
-        )
-        dt = F.softplus(linear(dt, self.dt).float() + self.dt_bias.float())  # [T, inner]
-        x, b, c = x.float(), b.float(), c.float()
+        dt, b, c = self.selected(x)
+        x = x.float()
         out = torch.empty_like(x)
         for t in range(len(x)):
             state = torch.exp(dt[t, :, None] * self.rate) * state + (dt[t] * x[t])[:, None] * b[t]
             out[t] = state @ c[t]
         return out + self.skip * x, state
+
+    def selected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dt [R, inner], B and C [R, N] of convolved rows, in float32."""
+        s = self.spec
+        selected = split(linear(x, self.select), s.dt_rank, s.state_size, s.state_size)
+        dt, b, c = (
+            y if norm is None else norm(y) for y, norm in zip(selected, self.norms, strict=True)
+        )
+        dt = F.softplus(linear(dt, self.dt).float() + self.dt_bias.float())
+        return dt, b.float(), c.float()
