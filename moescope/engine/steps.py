@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +92,10 @@ class Shared:
     caches: list[Tensor] = field(default_factory=list)  # [2, lanes, kv heads, capacity, head dim]
     rotations: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # attention -> cos and signed sin [capacity, head dim], in the dtype they are applied in
+    operators: tuple[Any, ...] = ()  # the running torch operators, in execution order
+    head: Tensor | None = None  # the output's weight, as it is multiplied
+    tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # id of a rope -> the same of every rope; where it switches, [2 × capacity, dims]
     edits: int = 0  # grows when a lane changes other than by a step: copied, or given a prompt
 
 

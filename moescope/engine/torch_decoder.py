@@ -91,6 +91,8 @@ class TorchDecoder:
         trained = [self._intern(router.spec) for router in self.routers]
         self.policies = Policies(trained)
         self.shared = Shared(spec, weights, device, dtype, self.routers, self.policies)
+        self.shared.operators = tuple(run for _, run in self._operators)
+        self.shared.head = self._head
         self._groups: dict[tuple[str, tuple[int, ...], int], list[ops.Groups]] = {}
         self.intervene: Callable[..., Routing] | None = None
         self.step: Step | None = None
@@ -175,6 +177,7 @@ class TorchDecoder:
             cos, sin = ops.rotary_table(rope, capacity, device)
             dtype = torch.float32 if rope.applies == "float32" else ops.DTYPES[self.dtype]
             self._tables[device, id(rope)] = cos.to(dtype), sin.to(dtype)
+        self.shared.tables = {rope: table for (_, rope), table in self._tables.items()}
         self.shared.rotations = {
             number: self._tables[device, id(attention.spec.rope)]
             for number, (device, attention) in enumerate(self._attentions)
