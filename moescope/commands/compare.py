@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moescope.commands import compared, options, running
-from moescope.errors import ExitCode, MoescopeError
+from moescope.errors import MoescopeError
 
 TEXT_BYTES = 4 << 20
 
@@ -20,9 +20,10 @@ TEXT_BYTES = 4 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument(
-        "model2",
+        "beside",
         metavar="MODEL2",
         nargs="?",
+        default="",
         help="another checkpoint with the same routers: lane B",
     )
     parser.add_argument(
@@ -59,15 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     with running.signals():
-        outcome, sides = _two_models(args) if args.model2 else _lanes(args)
+        outcome, sides = _compared(args)
         ladders = _ladders(outcome, sides) if args.ladder and not outcome.invalid else []
     how = _how(args)
     if args.json:
-        names = {"model": sides[0].name} | ({"model2": sides[1].name} if args.model2 else {})
+        names = {"model": sides[0].name} | ({"model2": sides[1].name} if args.beside else {})
         climbed = {"ladders": [ladder.to_json() for ladder in ladders]} if args.ladder else {}
         options.print_json({**names, **how, **outcome.to_json(), **climbed})
     else:
-        print("\n".join(compared.lines(outcome, how)))
+        models = [side.name for side in sides] if args.beside else []
+        print("\n".join(compared.lines(outcome, how, models)))
         for ladder in ladders:
             print("\n".join(compared.ladder_lines(ladder)))
     for message in (outcome.invalid, outcome.stopped):
@@ -79,11 +81,11 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     from moescope.engine.protocol import MAX_LANES
 
-    if args.model2 and len(args.variants) > 2:
+    if args.beside and len(args.variants) > 2:
         raise MoescopeError(f"--variant: expected at most two, found {len(args.variants)}")
     if len(args.variants) > MAX_LANES:
         raise MoescopeError(f"--variant: expected two to {MAX_LANES}, found {len(args.variants)}")
-    if not args.model2 and not args.variants:
+    if not args.beside and not args.variants:
         raise MoescopeError(
             "nothing to compare: expected --variant or a second model, found neither",
             hint="moescope variants MODEL, for the variants there are",
@@ -137,13 +139,13 @@ def _ladders(outcome: Any, sides: Any) -> list[Any]:
     return [climb(sides[0], other, ids) for other in sides[1:]]
 
 
-def _lanes(args: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """Variants of one model; the outcome, and what each lane ran."""
+def _compared(args: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """Variants of one model, or one model beside another; the outcome, and what each lane ran."""
     from moescope.diagnosis.compare_run import run_compare
-    from moescope.diagnosis.two_models import Side
+    from moescope.diagnosis.two_models import sides_of
     from moescope.engine.protocol import Generate, Sampling
 
-    variants = args.variants if len(args.variants) > 1 else ["trained", *args.variants]
+    variants, models = _asked(args)
     sampling = options.sampling_of(args)
     prompt = None if args.text is not None else options.prompt_of(args)
     loaded, model, tokenizer = running.load(args)
@@ -155,72 +157,19 @@ def _lanes(args: argparse.Namespace) -> tuple[Any, list[Any]]:
             tokenizer,
             variants,
             Generate(**prompt, sampling=sampling),
-            teacher_forced=args.teacher_forced,
+            models=models,
+            teacher_forced=args.teacher_forced or args.text is not None,
             writer=writer,
             max_context=args.max_context,
             keep_rows=args.rows,
         )
-    return outcome, [Side(model, tokenizer, variant) for variant in variants]
+    return outcome, sides_of(model, tokenizer, variants, models)
 
 
-def _two_models(args: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """MODEL beside MODEL2."""
-    from moescope.diagnosis import two_models as two
-    from moescope.engine.prompts import prompt_of
-    from moescope.engine.protocol import Generate
-
-    asked = None if args.text is not None else Generate(**options.prompt_of(args))
-    loaded, model, tokenizer = running.load(args)
-    second = _second(args, str(model.facts["name"]))
-    variants = [*args.variants, *args.variants, "trained", "trained"]
-    a = two.Side(model, tokenizer, variants[0])
-    b = two.Side(*second, variants[1])
-    two.check_pair(a, b)
-    reader = tokenizer if tokenizer is not None else second[1]
-    ids = _text_ids(args, reader) if asked is None else tuple(prompt_of(reader, asked)[0])
-    two.check_tokens(a, b, ids, asked.prompt or None if asked is not None else None)
-    request = Generate(prompt_ids=tuple(ids), sampling=options.sampling_of(args))
-    with _recording(args, loaded, a, b) as writer:
-        common = {"writer": writer, "keep_rows": args.rows}
-        if asked is not None and not args.teacher_forced:
-            outcome = two.run_free(a, b, request, max_context=args.max_context, **common)
-        else:
-            prompt = None if asked is None else len(ids)
-            if asked is not None:
-                ids = (*ids, *two.written(a, request, args.max_context))
-            outcome = two.run_same_tokens(a, b, ids, prompt=prompt, **common)
-    return outcome, [a, b]
-
-
-def _second(args: argparse.Namespace, beside: str) -> tuple[Any, Any]:
-    """The second model and its tokenizer; memory is checked with the first one held."""
-    from dataclasses import replace
-
-    from moescope.engine.opening import open_model
-
-    request = options.request_of(args)
-    name = options.model_of(args.model2)
-    try:
-        model, tokenizer = open_model(replace(request, model=name))
-    except MoescopeError as error:
-        if error.code != ExitCode.RESOURCES:
-            raise
-        message = f"{Path(name).name} beside {beside}: {error.message}"
-        raise MoescopeError(message, hint=error.hint, code=ExitCode.RESOURCES) from None
-    for note in model.facts["notes"]:
-        running.talk(note)
-    return model, tokenizer
-
-
-def _recording(args: argparse.Namespace, request: Any, a: Any, b: Any) -> Any:
-    """A writer for both models, or a context that gives None."""
-    from contextlib import nullcontext
-
-    from moescope.diagnosis.two_models import meta_of_both
-    from moescope.engine.recording import open_writer, trace_meta
-
-    described = [
-        trace_meta(side.model, side.tokenizer, record=request.record, redact=request.redact)
-        for side in (a, b)
-    ]
-    return open_writer(request, meta_of_both(*described), private=False) or nullcontext()
+def _asked(args: argparse.Namespace) -> tuple[list[str], list[int]]:
+    """The variant of every lane, and which of two models runs it."""
+    if args.beside:
+        variants = [*args.variants, *args.variants, "trained", "trained"]
+        return variants[:2], [0, 1]
+    variants = args.variants if len(args.variants) > 1 else ["trained", *args.variants]
+    return variants, [0] * len(variants)

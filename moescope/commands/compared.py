@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moescope.commands import options
@@ -22,12 +22,14 @@ FED = {
 }
 
 
-def lines(outcome: CompareRun, how: Mapping[str, str]) -> list[str]:
+def lines(outcome: CompareRun, how: Mapping[str, str], models: Sequence[str] = ()) -> list[str]:
+    """What was found. `models` names the model of each lane, where they are several."""
     found: list[str] = []
     written = how["mode"] == "free" or how["text"] == "lane A's"
     for lane in outcome.lanes:
         full = "  (the context is full: --max-context)" if lane.reason == "context" else ""
-        found.append(f"{letter(lane.lane)}  {lane.variant}{full}")
+        model = f"{options.plain(models[lane.lane])}  " if models else ""
+        found.append(f"{letter(lane.lane)}  {model}{lane.variant}{full}")
         if written:
             text = options.plain(lane.text.strip("\n")) or f"ids {lane.token_ids}"
             for line in text.splitlines():
@@ -136,18 +138,20 @@ def _gate_rows(found: GateRows) -> list[str]:
     shared = (
         f"{found.shared} of them need several rows at once" if found.shared else "each by a row"
     )
-    size = f"{found.row_bytes / 1e3:.1f} kB each in 16 bit"
-    lines = [
-        "",
-        f"gate: {found.flips} flips come from its arithmetic, {shared}",
-        f"   rows to keep in higher precision first ({size}):",
-    ]
+    size = "" if found.row_bytes is None else f" ({found.row_bytes / 1e3:.1f} kB each in 16 bit)"
+    lines = ["", f"gate: {_flips(found.flips)} from its arithmetic, {shared}"]
+    if kept:
+        lines.append(f"   rows to keep in higher precision first{size}:")
     for row in kept:
         error = f"logit off by up to {row.error:.3f}"
-        lines.append(f"   L{row.layer:02d} E{row.expert:03d}  {row.flips} flips, {error}")
+        lines.append(f"   L{row.layer:02d} E{row.expert:03d}  {_flips(row.flips)}, {error}")
     if len(found.rows) > len(kept):
         lines.append(f"   and {len(found.rows) - len(kept)} more (--json lists them)")
     return lines
+
+
+def _flips(count: int) -> str:
+    return "1 flip" if count == 1 else f"{count} flips"
 
 
 def ladder_lines(ladder: Ladder) -> list[str]:

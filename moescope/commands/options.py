@@ -204,6 +204,7 @@ def request_of(args: argparse.Namespace, **more: Any) -> Any:
         devices=args.devices,
         dtype=args.dtype,
         max_context=args.max_context,
+        beside=model_of(args.beside) if getattr(args, "beside", "") else "",
         **more,
     )
 

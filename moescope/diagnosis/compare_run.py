@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from moescope.diagnosis.causes import InputsJudge, LogitsJudge, Watched
+from moescope.diagnosis.causes import FlipsJudge, LogitsJudge
 from moescope.diagnosis.compare import Comparison, Judge, Pairing, plain
-from moescope.diagnosis.gate_rows import GateRows
-from moescope.engine.lane import policies_of
+from moescope.diagnosis.gate_rows import GateBlame, GateRows
+from moescope.engine.lane import policies_of, specs_of
 from moescope.engine.protocol import Generate
 from moescope.kernels.spec import RouterSpec
 from moescope.trace.frames import Frame
@@ -49,6 +49,7 @@ def run_compare(
     variants: Sequence[str],
     request: Generate,
     *,
+    models: Sequence[int] = (),
     teacher_forced: bool = False,
     force_ids: Sequence[int] = (),
     writer: Any = None,
@@ -59,12 +60,12 @@ def run_compare(
     """Run `request` under each variant as lanes of one batch and compare them with the first.
 
     `teacher_forced` feeds every lane what the first one draws; `force_ids` feeds all of them these
-    ids after the prompt. `watch` sees each frame as it is made. `keep_rows` keeps every token and
-    layer of every comparison.
+    ids after the prompt. `models` says of each variant which of two models beside each other runs
+    it. `watch` sees each frame as it is made. `keep_rows` keeps every token and layer of every
+    comparison.
     """
     from moescope.engine.session import Session
 
-    interpreter = model.interpreter
     session = Session(
         model,
         tokenizer,
@@ -72,25 +73,29 @@ def run_compare(
         record="logits",  # judges read them; what a file keeps is its writer's business
         max_context=max_context,
         variants=variants,
+        models=models,
         same_tokens=teacher_forced,
     )
-    layers = [router.layer for router in interpreter.routers]
+    layers = [router.layer for router in model.interpreter.routers]
     first, *others = sorted(session.lanes)
-    watched = _watched(model, variants)
+    second = getattr(model, "second", None)
+    blame = GateBlame(layers, getattr(getattr(second, "spec", None), "hidden", None))
+    judges = [_judge(model, session, (first, other), blame) for other in others]
+    session.crosses = any(crosses for _, crosses in judges)
     pairings = [
-        Pairing(first, other, layers, judge_of(model, watched, first, other), keep_rows)
-        for other in others
+        Pairing(first, other, layers, judge, keep_rows)
+        for other, (judge, _) in zip(others, judges, strict=True)
     ]
+    crossed = False
     try:
         for frame in session.generate(request, force_ids=force_ids):
+            crossed = session.crossing.active
             for pairing in pairings:
                 pairing.feed(frame)
             if watch is not None:
                 watch(frame)
     finally:
         session.close()
-        if watched is not None:
-            interpreter.set_intervention(watched.before)
     failure = session.recorder.failure
     return CompareRun(
         tuple(lane_result(lane) for lane in session.lanes.values()),
@@ -98,6 +103,7 @@ def run_compare(
         session.invalid,
         "" if failure is None else failure.message,
         tuple(pairing.rows for pairing in pairings if pairing.rows is not None),
+        blame.result() if second is not None and crossed else None,
     )
 
 
@@ -115,34 +121,34 @@ def lane_result(lane: Any) -> LaneResult:
 
 def specs_under(model: Any) -> Callable[[str], tuple[RouterSpec, ...]]:
     """The resolved specs of every router of `model` under a variant expression."""
-    interpreter = model.interpreter
+    return _specs_of(model.interpreter)
+
+
+def _specs_of(interpreter: Any) -> Callable[[str], tuple[RouterSpec, ...]]:
 
     @lru_cache(maxsize=64)
     def specs(expression: str) -> tuple[RouterSpec, ...]:
         policies = policies_of(expression, interpreter.routers, interpreter.dtype)
-        return tuple(
-            replace(router.spec, policy=policy).resolved(interpreter.dtype)
-            for router, policy in zip(interpreter.routers, policies, strict=True)
-        )
+        return specs_of(interpreter.routers, policies, interpreter.dtype)
 
     return specs
 
 
-def _watched(model: Any, variants: Sequence[str]) -> Watched | None:
-    """Keeps what routers read where some variant turns the gate itself; else logits tell all."""
-    specs = specs_under(model)
-    bits = {spec.policy.gate_quant_bits for variant in variants for spec in specs(variant)}
-    observe = getattr(model.interpreter, "set_intervention", None)
-    if len(bits) < 2 or observe is None:
-        return None
-    watched = Watched(before=model.interpreter.intervene)
-    observe(watched)
-    return watched
+def _interpreter(model: Any, which: int) -> Any:
+    """Of a model, or of two, the one that runs a lane."""
+    return getattr(model.interpreter, "models", [model.interpreter])[which]
 
 
-def judge_of(model: Any, watched: Watched | None, a: int, b: int) -> Judge:
-    """The judge of two lanes of one model."""
-    specs = specs_under(model)
-    if watched is None:
-        return LogitsJudge(specs, [router.tensors for router in model.interpreter.routers])
-    return InputsJudge((watched, a, specs), (watched, b, specs))
+def _judge(
+    model: Any, session: Any, pair: tuple[int, int], blame: GateBlame | None
+) -> tuple[Judge, bool]:
+    """The judge of two lanes, and whether it needs their gates crossed."""
+    which = {session.lanes[lane].model for lane in pair}
+    one = _interpreter(model, min(which))
+    specs = _specs_of(one)
+    expressions = [session.lanes[lane].expression for lane in pair]
+    bits = {spec.policy.gate_quant_bits for e in expressions for spec in specs(e)}
+    if len(which) == 1 and len(bits) == 1:
+        return LogitsJudge(specs, [router.tensors for router in one.routers]), False
+    taken = blame.take if blame is not None and len(which) == 2 else lambda flips: None
+    return FlipsJudge(lambda: session.crossing.found, taken), True

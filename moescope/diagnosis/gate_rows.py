@@ -1,20 +1,15 @@
 """Which rows of a gate to keep in higher precision: those whose error turns decisions.
 
 A flip is blamed on a row of the gate where giving that row alone the logit of the original gate
-undoes it. Rows are ranked by the flips they undo. Letters: E expert classes.
+undoes it (`engine/crossed.py`). Rows are ranked by the flips they undo.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from moescope.diagnosis.causes import selected
-from moescope.kernels.spec import RouterSpec
+from moescope.engine.crossed import Flip
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,42 +29,26 @@ class GateRows:
     rows: tuple[GateRow, ...]
     flips: int  # that the gate alone explains
     shared: int
-    row_bytes: int  # what one row takes at 16 bits
+    row_bytes: int | None  # what one row takes at 16 bits, where the width is known
 
 
 class GateBlame:
-    """Collects flips and blames rows; the `blamed` of an `InputsJudge`."""
+    """Collects flips and ranks rows. `hidden` is the width of a row, None: not known."""
 
-    def __init__(
-        self, layers: Sequence[int], tensors: Sequence[Mapping[str, NDArray[Any]]], hidden: int
-    ) -> None:
-        self.layers, self.tensors, self.hidden = layers, tensors, hidden
+    def __init__(self, layers: Sequence[int], hidden: int | None = None) -> None:
+        self.layers, self.hidden = layers, hidden
         self.flips = self.shared = 0
         self._rows: dict[tuple[int, int], list[float]] = {}
 
-    def __call__(
-        self, router: int, chosen: Any, logits: Any, original: Any, spec: RouterSpec
-    ) -> None:
-        """`chosen` by the original gate; `logits` of the other gate and `original` ones [E], both
-        on the original's input; `spec` of the other."""
-        self.flips += 1
-        wanted = {int(expert) for expert in chosen if expert >= 0}
-        now = self._selected(logits, spec, router)
-        undone = False
-        for expert in sorted(wanted ^ now):
-            if not (expert < len(original) and np.isfinite(original[expert])):
+    def take(self, flips: Iterable[Flip]) -> None:
+        """Some flips; those that no gate explains are passed over."""
+        for flip in flips:
+            if flip.rows is None:
                 continue
-            mended = logits.copy()
-            mended[expert] = original[expert]
-            if self._selected(mended, spec, router) == wanted:
-                error = abs(float(original[expert]) - float(logits[expert]))
-                self._rows.setdefault((router, expert), []).append(error)
-                undone = True
-        self.shared += not undone
-
-    def _selected(self, logits: NDArray[Any], spec: RouterSpec, router: int) -> set[int]:
-        ids = selected(logits[None], spec, [self.tensors[router]])[0]
-        return {int(expert) for expert in ids if expert >= 0}
+            self.flips += 1
+            self.shared += not flip.rows
+            for expert, error in flip.rows:
+                self._rows.setdefault((flip.router, expert), []).append(error)
 
     def result(self) -> GateRows:
         ranked = sorted(self._rows.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -80,5 +59,5 @@ class GateBlame:
             ),
             flips=self.flips,
             shared=self.shared,
-            row_bytes=2 * self.hidden,
+            row_bytes=None if self.hidden is None else 2 * self.hidden,
         )

@@ -48,6 +48,7 @@ class Lane:
     texts: list[str] = field(default_factory=list)  # per fed id
     stream: Any = None  # of the tokenizer; None: begin again at the next token
     like_first: bool = True  # every id so far equals lane 0's
+    model: int = 0  # of two models beside each other, which
 
     @property
     def start(self) -> int:
@@ -165,6 +166,16 @@ def policies_of(expression: str, routers: Sequence[Router], dtype: str) -> tuple
     return tuple(spec.resolved(dtype).policy for spec in specs)
 
 
+def specs_of(
+    routers: Sequence[Router], policies: Sequence[RouterPolicy], dtype: str
+) -> tuple[RouterSpec, ...]:
+    """The routers under these policies, dtypes resolved."""
+    return tuple(
+        RouterSpec(policy, router.spec.wiring).resolved(dtype)
+        for router, policy in zip(routers, policies, strict=True)
+    )
+
+
 Steered = tuple[tuple[Any, ...], tuple[RouterSpec, ...]]  # Steering or None, and spec, by router
 
 
@@ -190,10 +201,7 @@ def steering_of(
         )
     if variants.parse(variant).rebuilds:
         raise MoescopeError(f"{expression}: a rewired decoder cannot be steered")
-    specs = tuple(
-        RouterSpec(policy, router.spec.wiring).resolved(interpreter.dtype)
-        for router, policy in zip(interpreter.routers, policies, strict=True)
-    )
+    specs = specs_of(interpreter.routers, policies, interpreter.dtype)
     layers = [router.layer for router in interpreter.routers]
     return steering.of_routers(items, list(zip(layers, specs, strict=True))), specs
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moescope.engine import sampling
+from moescope.engine.crossed import Crossing
 from moescope.engine.lane import Lane, letter, policies_of, steering_of
 from moescope.engine.protocol import Event, Finished, Generate, LaneChanged, Note
 from moescope.engine.recording import Recorder
@@ -55,6 +56,8 @@ class Lanes:
         self._pieces: dict[int, str] = {}  # first seen, not yet taken
         self._pieces_known: set[int] = set()
         self.shadows: tuple[str, ...] = ()
+        self.crossing = Crossing()
+        self.crosses = False  # whether gates are crossed though every lane writes its own text
 
     @property
     def running(self) -> bool:
@@ -122,13 +125,23 @@ class Lanes:
             raise MoescopeError(f"lane {letter(index)} is not open")
         return self.lanes[index]
 
-    def _policies(self, expression: str) -> tuple[str, tuple[RouterPolicy, ...]]:
+    def _runner(self, index: int) -> tuple[Any, int]:
+        """The interpreter that runs a lane, and the lane's number there: of two models, one."""
+        runner = getattr(self.interpreter, "runner", None)
+        return (self.interpreter, index) if runner is None else runner(index)
+
+    def _policies(
+        self, expression: str, interpreter: Any = None
+    ) -> tuple[str, tuple[RouterPolicy, ...]]:
+        """An expression in its one way of writing, and its policies for `interpreter` (None: the
+        session's)."""
         from moescope.variants import steering
 
+        if interpreter is None:
+            interpreter = self.interpreter
         expression = steering.canonical(expression)
-        routers, dtype = self.interpreter.routers, self.interpreter.dtype
-        policies = policies_of(expression, routers, dtype)
-        steering_of(expression, self.interpreter, policies)  # refused before anything changes
+        policies = policies_of(expression, interpreter.routers, interpreter.dtype)
+        steering_of(expression, interpreter, policies)  # refused before anything changes
         return expression, policies
 
     def _reserve_for(self, prompt: int, forced: int, request: Generate) -> None:
@@ -151,21 +164,19 @@ class Lanes:
 
     def _route(self, index: int, expression: str, policies: Sequence[RouterPolicy]) -> None:
         """Put a lane under a variant; one that edits more than policies rebuilds the step."""
-        from moescope import variants
+        from moescope.engine.rewired_lanes import rewirable
         from moescope.variants import steering
 
         variant, steered = steering.split(expression)
-        if variants.parse(variant).rebuilds and not hasattr(self.interpreter, "set_wiring"):
-            from moescope.engine.rewired_lanes import RewiredLanes
-
-            self.interpreter = RewiredLanes(self.interpreter)
+        self.interpreter = rewirable(self.interpreter, variant)
         self.interpreter.set_policies(index, policies)
         if hasattr(self.interpreter, "set_wiring"):
             self.interpreter.set_wiring(index, variant)
-        if steered or getattr(self.interpreter, "intervene", None) is not None:
+        runner, number = self._runner(index)
+        if steered or getattr(runner, "intervene", None) is not None:
             from moescope.engine.torch_steering import steer
 
-            steer(self.interpreter, index, steering_of(expression, self.interpreter, policies))
+            steer(runner, number, steering_of(expression, runner, policies))
 
     def _compare_ids(self, lane: Lane) -> None:
         first = self.lanes.get(0)
@@ -185,13 +196,22 @@ class Lanes:
         self, lane: Lane, kind: str, state: Any = "open", fork_of: int | None = None
     ) -> None:
         data: dict[str, Any] = {"sequence": max(self.sequence, 0), "expression": lane.expression}
+        if lane.model:
+            data["model"] = lane.model
         if fork_of is not None:
             data["fork_of"] = fork_of
         if state == "dropped":
             data["text"] = f"lane {letter(lane.index)} dropped"
         self._tell(TraceEvent(kind, data, lane.index, lane.fed))
         self._events.append(
-            LaneChanged(lane.index, lane.expression, lane.fed, state=state, fork_of=fork_of)
+            LaneChanged(
+                lane.index,
+                lane.expression,
+                lane.fed,
+                state=state,
+                fork_of=fork_of,
+                model=lane.model,
+            )
         )
 
     def _tell(self, event: TraceEvent) -> None:

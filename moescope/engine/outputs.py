@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -31,3 +31,13 @@ def merged(outs: Sequence[StepOutput]) -> StepOutput:
     invalid = [out.invalid_router for out in outs if out.invalid_router is not None]
     arrays = {f.name: joined(f.name) for f in fields(StepOutput) if f.name != "invalid_router"}
     return StepOutput(**arrays, invalid_router=min(invalid, default=None))  # type: ignore[arg-type]
+
+
+def in_order(out: StepOutput, order: Sequence[int]) -> StepOutput:
+    """Rows of an output, which stand in `order`, from the first to the last."""
+    back = np.argsort(order)
+    held = {f.name: getattr(out, f.name) for f in fields(StepOutput)}
+    moved: dict[str, Any] = {
+        name: rows[back] for name, rows in held.items() if isinstance(rows, np.ndarray)
+    }
+    return replace(out, **moved)

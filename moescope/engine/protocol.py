@@ -41,6 +41,7 @@ class LoadRequest:
     durable: bool = False
     force: bool = False  # replace `trace_path` if it exists
     max_context: int = 4096
+    beside: str = ""  # another checkpoint, whose lanes run beside the first's
     devices: tuple[str, ...] = ()  # instead of `device`: layers split over cuda:0, cuda:1, ...
 
 
@@ -94,6 +95,7 @@ class AddLane:
     expression: str
     fork_of: int | None = None
     position: int | None = None
+    model: int = 0  # 1: the checkpoint beside the first; a fork stays with its lane's
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,7 @@ class LaneChanged:
     position: int
     state: Literal["open", "dropped"] = "open"
     fork_of: int | None = None
+    model: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,16 @@ def trace_meta(
     redact: bool = False,
     sampling: dict[str, Any] | None = None,
 ) -> TraceMeta:
-    """The meta of what a loaded model records. `model` is a `LoadedModel`."""
+    """The meta of what a loaded model records. `model` is a `LoadedModel`, or two beside each
+    other."""
     from moescope import __version__
+
+    if hasattr(model, "second"):
+        from moescope.engine.beside import meta_of_both
+
+        common = {"record": record, "redact": redact, "sampling": sampling}
+        first = trace_meta(model.first, tokenizer, **common)  # type: ignore[arg-type]
+        return meta_of_both(first, trace_meta(model.second, None, **common))  # type: ignore[arg-type]
 
     interpreter, facts = model.interpreter, model.facts
     checkpoint = getattr(model, "checkpoint", None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moescope.engine.interpreter import Draw, StepOutput
 from moescope.engine.operators import MoE, RoutedAttention
-from moescope.engine.outputs import merged
+from moescope.engine.outputs import in_order, merged
 from moescope.errors import MoescopeError
 from moescope.kernels.spec import RouterPolicy
 from moescope.trace.frames import RecordLevel
@@ -25,6 +25,14 @@ from moescope.variants import parse
 
 # What a rewired decoder has of its own; everything else it shares with the loaded one.
 OWN = ("spec", "routers", "policies", "_interned")
+
+
+def rewirable(interpreter: Any, expression: str) -> Any:
+    """`interpreter`, or one around it that can run a lane under a variant that rewires the decoder.
+    Raises `MoescopeError` where that is not possible."""
+    if not parse(expression).rebuilds or hasattr(interpreter, "set_wiring"):
+        return interpreter
+    return RewiredLanes(interpreter)
 
 
 class RewiredLanes:
@@ -98,7 +106,7 @@ class RewiredLanes:
             outs.append(replace(found, expected=None, kept=None))
         self.base.shared.edits += 1  # lanes grew beside the fused step
         order = [row for rows in groups.values() for row in rows]
-        return _in_order(outs[0] if len(outs) == 1 else merged(outs), order)
+        return in_order(outs[0] if len(outs) == 1 else merged(outs), order)
 
     def _decoder(self, lane: int) -> Any:
         expression = self._of.get(lane)
@@ -145,13 +153,3 @@ def _branches(base: Any, made: Any) -> list[tuple[Any, list[Any]]]:
         )
         for theirs, ours in zip(base._stages, made._stages, strict=True)
     ]
-
-
-def _in_order(out: StepOutput, order: list[int]) -> StepOutput:
-    """Rows of an output, which stand in `order`, from the first to the last."""
-    back = np.argsort(order)
-    held = {f.name: getattr(out, f.name) for f in fields(StepOutput)}
-    moved: dict[str, Any] = {
-        name: rows[back] for name, rows in held.items() if isinstance(rows, np.ndarray)
-    }
-    return replace(out, **moved)

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from moescope.engine import sampling
+from moescope.engine.beside import refuse_unlike
 from moescope.engine.lane import Lane, letter, refuse_rewiring
 from moescope.engine.prompts import check_ids, common_prefix, further, prompt_of
 from moescope.engine.protocol import MAX_LANES, Generate, Note, Prompted
@@ -24,6 +25,7 @@ from moescope.trace.frames import Frame, RecordLevel, TraceEvent
 class Session(Stepping):
     """Lanes over one model: a `LoadedModel`, of which only `interpreter` and `facts` are used.
 
+    `models` says of each variant which of two models runs it (`beside.TwoModels`).
     `tokenizer` None: prompts are ids, texts stay empty. `writer` is a `TraceWriter` or None. With
     `same_tokens`, every lane is fed the tokens lane 0 draws. `shadows` are variants that the router
     logits of every lane are routed under too; nothing of them is executed.
@@ -38,13 +40,14 @@ class Session(Stepping):
         record: RecordLevel = "weights",
         max_context: int = 4096,
         variants: Sequence[str] = ("trained",),
+        models: Sequence[int] = (),
         same_tokens: bool = False,
         shadows: Sequence[str] = (),
     ) -> None:
         super().__init__(model, tokenizer, writer, record, max_context, same_tokens)
         self._slow_router = False
-        for expression in variants:
-            self.add_lane(expression)
+        for expression, which in zip(variants, models or [0] * len(variants), strict=True):
+            self.add_lane(expression, model=which)
         if shadows:
             self.set_shadows(shadows)
 
@@ -58,17 +61,24 @@ class Session(Stepping):
     # --- lanes and variants -----------------------------------------------------------------------
 
     def add_lane(
-        self, expression: str, fork_of: int | None = None, position: int | None = None
+        self,
+        expression: str,
+        fork_of: int | None = None,
+        position: int | None = None,
+        model: int = 0,
     ) -> int:
         """Open a lane; returns its number. See `protocol.AddLane`."""
         if len(self.lanes) >= MAX_LANES:
             raise MoescopeError(f"at most {MAX_LANES} lanes can be open")
         if fork_of is not None and fork_of not in self.lanes:
             raise MoescopeError(f"lane {letter(fork_of)} is not open")
-        expression, policies = self._policies(expression)
+        model = model if fork_of is None else self.lanes[fork_of].model
+        expression, policies = self._policies(expression, self._model(model))
         free = [number for number in range(MAX_LANES) if number not in self.lanes]
         index = next((number for number in free if number not in self._used), free[0])
-        lane = Lane(index, expression, policies)
+        lane = Lane(index, expression, policies, model=model)
+        if hasattr(self.interpreter, "place"):
+            self.interpreter.place(index, model)
         self._reserve(index + 1, max(self._opened[1], 1))
         if fork_of is not None:
             source = self.lanes[fork_of]
@@ -86,6 +96,13 @@ class Session(Stepping):
             self._go_on(lane)
         return index
 
+    def _model(self, model: int) -> Any:
+        """The interpreter of the first model, or of the one beside it."""
+        models = getattr(self.interpreter, "models", [self.interpreter])
+        if not 0 <= model < len(models):
+            raise MoescopeError("no checkpoint is open beside this one", hint="--beside MODEL")
+        return models[model]
+
     def drop_lane(self, index: int) -> None:
         lane = self._lane(index)
         if len(self.lanes) == 1:
@@ -98,7 +115,7 @@ class Session(Stepping):
     def set_variant(self, index: int, expression: str) -> None:
         """From the next token on, the lane runs under `expression`."""
         lane = self._lane(index)
-        expression, policies = self._policies(expression)
+        expression, policies = self._policies(expression, self._model(lane.model))
         self._route(index, expression, policies)
         lane.expression, lane.policies = expression, policies
         self._changed(lane, "variant")
@@ -175,6 +192,7 @@ class Session(Stepping):
 
     def close(self) -> None:
         """Commit the trace. The session is of no use after."""
+        self.crossing.close()
         self._note(self.recorder.close())
 
     def _continue(self, request: Generate, force_ids: Sequence[int]) -> None:
@@ -242,3 +260,4 @@ class Session(Stepping):
 
     def _check(self, ids: Sequence[int]) -> None:
         check_ids(ids, self.interpreter.vocab_size, self.context)
+        refuse_unlike(getattr(self.interpreter, "unlike", {}), ids)

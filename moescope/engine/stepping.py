@@ -35,6 +35,8 @@ class Stepping(Lanes):
         began = time.monotonic()
         prefill = lanes[0].fed < lanes[0].start
         ids = np.array([lane.ids[lane.fed : lane.fed + width] for lane in lanes], np.int64)
+        wanted = self.same_tokens or self.crosses
+        self.crossing.prepare(self.lanes, self._runner, wanted)
         output = self.interpreter.run(
             [lane.index for lane in lanes],
             ids,
@@ -48,6 +50,8 @@ class Stepping(Lanes):
         for row, lane in enumerate(lanes):
             frames += self._absorb(lane, output, row, width, first)
         self._note(self.recorder.send())
+        for event in self.crossing.take(frames, lambda lane: self.lanes[lane].like_first):
+            self._tell(event)
         for lane in lanes:
             self._go_on(lane)
         self._follow()

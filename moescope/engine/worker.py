@@ -166,7 +166,7 @@ class Engine:
             Resume: lambda _: self._pause(False),
             Step: self._step,
             SetVariant: lambda c: session.set_variant(c.lane, c.expression),
-            AddLane: lambda c: session.add_lane(c.expression, c.fork_of, c.position),
+            AddLane: lambda c: session.add_lane(c.expression, c.fork_of, c.position, c.model),
             DropLane: lambda c: session.drop_lane(c.lane),
             SameTokens: lambda c: setattr(session, "same_tokens", c.on),
             SlowRouter: lambda c: session.set_slow_router(c.on),

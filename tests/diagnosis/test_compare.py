@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moescope.diagnosis.causes import LogitsJudge
 from moescope.diagnosis.compare import (
     Pairing,
     compare_lanes,
     first_divergence,
 )
-from moescope.diagnosis.compare_run import judge_of, run_compare
+from moescope.diagnosis.compare_run import run_compare, specs_under
 from moescope.diagnosis.rows import decisions, of_frame
 from moescope.engine.protocol import Generate, Sampling
 from moescope.errors import ExitCode, MoescopeError
@@ -173,7 +174,8 @@ def test_free_lanes_of_a_run() -> None:
     assert changed.same_ids.all.score_sum_b == pytest.approx(1.0)
     assert changed.kl_tokens == parted
     by_lane = {n: [f for f in seen if f.lane == n] for n in range(3)}
-    assert compare_lanes(by_lane, [0, 1, 2], judge_of(fake(), None, 0, 1)) == run.comparisons
+    judge = LogitsJudge(specs_under(fake()), [{}] * 3)
+    assert compare_lanes(by_lane, [0, 1, 2], judge) == run.comparisons
     json.dumps(run.to_json(), allow_nan=False)
 
 

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 
 from moescope import cli
-from moescope.diagnosis.causes import CAUSES, InputsJudge, LogitsJudge, Watched, cause
+from moescope.diagnosis.causes import CAUSES, FlipsJudge, LogitsJudge
 from moescope.diagnosis.compare import Pairing
 from moescope.diagnosis.compare_run import run_compare, specs_under
 from moescope.diagnosis.gate_rows import GateBlame
-from moescope.diagnosis.two_models import Side, check_pair, check_tokens, run_same_tokens
+from moescope.diagnosis.two_models import Side, check_pair, run_two
+from moescope.engine import crossed
+from moescope.engine.beside import refuse_unlike, unlike_ids
+from moescope.engine.crossed import Flip, blamed_rows, cause
 from moescope.engine.opening import open_model
 from moescope.engine.protocol import Generate, LoadRequest, Sampling
 from moescope.engine.session import Session
@@ -90,32 +93,30 @@ def test_the_four_selections() -> None:
 
 
 def flips_of(base: Any, variants: list[str], watched: bool) -> Any:
-    """Two lanes on the same tokens; judged from logits, or from what the routers read."""
+    """Two lanes on the same tokens; judged from logits, or by crossing what the routers read."""
     model, tokenizer = base
     session = Session(model, tokenizer, record="logits", variants=variants)
+    session.crosses = watched
     specs = specs_under(model)
-    seen = Watched()
     tensors = [router.tensors for router in model.interpreter.routers]
-    judge = InputsJudge((seen, 0, specs), (seen, 1, specs)) if watched else None
+    by_inputs = FlipsJudge(lambda: session.crossing.found)
+    judge = by_inputs if watched else LogitsJudge(specs, tensors)
     pairing = Pairing(0, 1, [r.layer for r in model.interpreter.routers], judge)
-    if not watched:
-        pairing.judge = LogitsJudge(specs, tensors)
-    if watched:
-        model.interpreter.set_intervention(seen)
-    try:
-        ids = tuple(tokenizer.encode(TEXT))
-        request = Generate(prompt_ids=ids, sampling=Sampling(max_new_tokens=0))
-        for frame in session.generate(request):
-            pairing.feed(frame)
-    finally:
-        model.interpreter.set_intervention(None)
+    ids = tuple(tokenizer.encode(TEXT))
+    request = Generate(prompt_ids=ids, sampling=Sampling(max_new_tokens=0))
+    for frame in session.generate(request):
+        pairing.feed(frame)
+    assert session.crossing.active == watched
+    session.close()
+    assert model.interpreter.intervene is None
     return pairing.result()
 
 
 @pytest.mark.parametrize(
     "variant", ["softmax_over_selected", "num_experts_per_tok-1", "logits_bf16", "double_softmax"]
 )
-def test_both_judges_agree(base: Any, variant: str) -> None:
+def test_both_judges_agree(base: Any, variant: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(crossed, "_differ", lambda *_: True)  # though the gate is one
     by_logits = flips_of(base, ["trained", variant], watched=False)
     by_inputs = flips_of(base, ["trained", variant], watched=True)
     assert by_logits.causes == by_inputs.causes and by_logits.flips > 0
@@ -180,14 +181,18 @@ def test_causes_without_logits_are_not_guessed() -> None:
 def test_a_flip_is_blamed_on_the_row_that_undoes_it() -> None:
     spec = RouterSpec(RouterPolicy(num_experts_per_tok=2), RouterWiring(num_experts=4))
     spec = spec.resolved("float32")
-    blame = GateBlame([7], [{}], hidden=64)
+    blame = GateBlame([7], hidden=64)
     original = np.array([3.0, 2.0, 1.9, 0.0], np.float32)
-    blame(0, [0, 1], np.array([3.0, 1.8, 1.9, 0.0], np.float32), original, spec)  # row 1 fell
-    blame(0, [0, 1], np.array([3.0, 2.0, 2.2, 0.0], np.float32), original, spec)  # row 2 rose
-    # rows 1 and 2 both moved: mending either undoes it
-    blame(0, [0, 1], np.array([3.0, 1.95, 1.98, 0.0], np.float32), original, spec)
-    # row 3 rose above all and row 1 fell below row 2: only together
-    blame(0, [0, 1], np.array([2.5, 1.0, 1.9, 3.5], np.float32), original, spec)
+
+    def turned(*logits: float) -> None:
+        rows = blamed_rows([0, 1], np.array(logits, np.float32), original, spec, {})
+        blame.take([Flip(0, "gate", rows)])
+
+    turned(3.0, 1.8, 1.9, 0.0)  # row 1 fell
+    turned(3.0, 2.0, 2.2, 0.0)  # row 2 rose
+    turned(3.0, 1.95, 1.98, 0.0)  # rows 1 and 2 both moved: mending either undoes it
+    turned(2.5, 1.0, 1.9, 3.5)  # row 3 rose above all and row 1 fell below row 2: only together
+    blame.take([Flip(0, "input")])  # no gate's doing
     found = blame.result()
     assert {(row.expert, row.flips) for row in found.rows} == {(1, 2), (2, 2)}
     assert (found.flips, found.shared, found.row_bytes) == (4, 1, 128)
@@ -196,7 +201,7 @@ def test_a_flip_is_blamed_on_the_row_that_undoes_it() -> None:
 
 def test_the_one_row_that_is_off_is_found(base: Any, one_row_off: Any) -> None:
     ids = base[1].encode(3 * TEXT)
-    run = run_same_tokens(Side(*base), Side(*one_row_off), ids)
+    run = fed_both(Side(*base), Side(*one_row_off), ids)
     (found,), gate = run.comparisons, run.gate_rows
     assert gate is not None and gate.flips >= 3 and gate.shared == 0
     blamed = Counter({(row.layer, row.expert): row.flips for row in gate.rows})
@@ -205,11 +210,16 @@ def test_the_one_row_that_is_off_is_found(base: Any, one_row_off: Any) -> None:
     assert set(found.flips_by_router[2]) <= {"input"}
 
 
+def fed_both(a: Side, b: Side, ids: list[int], **options: Any) -> Any:
+    request = Generate(prompt_ids=tuple(ids), sampling=Sampling(max_new_tokens=0))
+    return run_two(a, b, request, teacher_forced=True, **options)
+
+
 # --- two checkpoints ------------------------------------------------------------------------------
 
 
 def test_a_model_beside_itself_differs_in_nothing(base: Any) -> None:
-    run = run_same_tokens(Side(*base), Side(*base), base[1].encode(TEXT))
+    run = fed_both(Side(*base), Side(*base), base[1].encode(TEXT))
     (found,) = run.comparisons
     assert found.flips == 0 and found.kl_mean == 0.0 and found.top1_agrees == 1.0
     assert found.same_ids.all.weight_difference == 0.0 and found.kl_tokens == found.tokens
@@ -218,7 +228,7 @@ def test_a_model_beside_itself_differs_in_nothing(base: Any) -> None:
 
 def test_a_quantised_gate_beside_its_original(base: Any, quantised: Any) -> None:
     ids = base[1].encode(TEXT)
-    run = run_same_tokens(Side(*base), Side(*quantised), ids, keep_rows=True)
+    run = fed_both(Side(*base), Side(*quantised), ids, keep_rows=True)
     (found,) = run.comparisons
     assert set(found.flips_by_router[0]) == {"gate"}, "the first router reads the same"
     assert {"input", "either"} & set(found.causes) and found.kl_mean and found.kl_mean > 0
@@ -251,13 +261,15 @@ def respelled(place: Path, base: Any) -> Path:
     return folder
 
 
-def test_tokenizers_must_agree(base: Any, respelled: Path) -> None:
-    a, b = Side(*base), Side(*loaded(respelled))
-    check_tokens(a, b, [], "Hello")
-    for ids, text in (([], "abc"), ([97, 98], None)):
-        with pytest.raises(MoescopeError, match="differ at token 1: base has 98 'b'"):
-            check_tokens(a, b, ids, text)
-    check_tokens(a, Side(b.model, None), [98], "abc")
+def test_tokenizers_must_agree_on_what_is_fed(base: Any, respelled: Path) -> None:
+    _, tokenizer = base
+    _, other = loaded(respelled)
+    unlike = unlike_ids(tokenizer, other, 264)
+    assert unlike == {98: ("b", "c"), 99: ("c", "b")}
+    refuse_unlike(unlike, tokenizer.encode("Hello"))
+    with pytest.raises(MoescopeError, match="differ at token 1: id 98 is 'b' here and 'c' in"):
+        refuse_unlike(unlike, [97, 98])
+    assert unlike_ids(tokenizer, None, 264) == unlike_ids(tokenizer, tokenizer, 264) == {}
 
 
 def run_cli(capsys: Any, *arguments: str) -> tuple[int, str, str]:
