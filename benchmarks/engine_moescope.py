@@ -19,8 +19,8 @@ from moescope.engine.session import Session
 from moescope.trace.columns import pack
 from moescope.trace.fold import columns_of_records
 from moescope.trace.frames import Frame
+from moescope.trace.output import CHUNK_FRAMES
 from moescope.trace.record import record
-from moescope.trace.writer import CHUNK_FRAMES
 
 CONTEXT = 1024
 Figures = dict[str, Any]

@@ -33,8 +33,8 @@ from moescope.trace.metadata import (
     trace_error,
     unpack_tensors,
 )
+from moescope.trace.output import CHUNK_FRAMES, meta_checksum
 from moescope.trace.record import frame_of
-from moescope.trace.writer import CHUNK_FRAMES, meta_checksum
 
 TAIL_LIMIT = 4 * CHUNK_FRAMES
 EVENT_LIMIT = 1_000_000

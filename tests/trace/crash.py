@@ -18,13 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moescope.errors import ExitCode, MoescopeError
-from moescope.trace import writer as writer_module
+from moescope.trace import output as output_module
 from moescope.trace.frames import TraceEvent
 from moescope.trace.store import TraceReader, TraceWriter
 from tests.trace.samples import a_frame, a_meta, differences, record_trace
 
 FRAMES = [a_frame(position) for position in range(120)]
-writer_module.CHUNK_FRAMES = 40  # chunks are made as often as in a much longer recording
+output_module.CHUNK_FRAMES = 40  # chunks are made as often as in a much longer recording
 
 
 def record_all(path: Path, tell: Callable[[int], None]) -> None:

@@ -18,9 +18,9 @@ from moescope.errors import ExitCode, MoescopeError
 from moescope.trace import database
 from moescope.trace.columns import checksum, pack, unpack
 from moescope.trace.frames import Frame, TraceEvent
+from moescope.trace.output import meta_checksum
 from moescope.trace.record import record
 from moescope.trace.store import TraceReader, TraceWriter
-from moescope.trace.writer import meta_checksum
 from tests.trace.samples import a_frame, a_meta, differences
 
 CHUNK = 40  # frames; real ones have 256
@@ -31,7 +31,7 @@ EVENTS = [TraceEvent("prompt", {"text": "Once", "ids": [5]}), TraceEvent("note",
 @contextmanager
 def small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moescope.trace.writer.CHUNK_FRAMES", CHUNK)
+        patch.setattr("moescope.trace.output.CHUNK_FRAMES", CHUNK)
         yield
 
 

@@ -164,7 +164,7 @@ def test_a_bug_in_the_writer_ends_the_recording_and_hangs_nobody(
     def broken(_: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("moescope.trace.writer.columns_of_records", broken)
+    monkeypatch.setattr("moescope.trace.output.columns_of_records", broken)
     writer = TraceWriter(tmp_path / "x.moetrace", a_meta())
     with pytest.raises(MoescopeError, match="ZeroDivisionError: oops") as caught:
         for position in range(5000):
@@ -180,7 +180,7 @@ def test_a_failure_that_nobody_heard_of_is_told_at_the_end(
     def full(_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moescope.trace.writer.columns_of_records", full)
+    monkeypatch.setattr("moescope.trace.output.columns_of_records", full)
     writer = TraceWriter(tmp_path / "x.moetrace", a_meta())
     writer.append(a_frame())
     with pytest.raises(MoescopeError, match="disk full: recording stopped at token 1"):
