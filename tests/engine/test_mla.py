@@ -137,21 +137,18 @@ def test_an_indexer_chooses_by_the_weighted_sum_of_what_its_heads_score() -> Non
     mla = made._operators[0][1]
     assert isinstance(mla, TorchMLA) and mla.indexer is not None
     seen: list[Any] = []
-    inner = mla.indexer._choose
-    mla.indexer._choose = lambda h, latent, *rest: (
-        seen.append((h, latent))
-        or inner(  # type: ignore
-            h, latent, *rest
-        )
+    indexer = mla.indexer
+    mla.indexer = lambda h, latent, call: (  # type: ignore[assignment]
+        seen.append((h, latent)) or indexer(h, latent, call)  # type: ignore[func-returns-value]
     )
     kept: list[Any] = []
     many = mla._many
     mla._many = lambda q, rows, choice: kept.append(choice) or many(q, rows, choice)  # type: ignore
     fed(made, IDS)
     (h, latent), choice = seen[0], kept[0].numpy()
-    keys = mla.indexer.cache[0, :21].double().numpy()
-    q = (latent @ mla.indexer.q_proj.T).double().numpy().reshape(21, 16, 12)
-    shares = (h @ mla.indexer.weights.T).double().numpy()
+    keys = indexer.cache[0, :21].double().numpy()
+    q = (latent @ indexer.q_proj.T).double().numpy().reshape(21, 16, 12)
+    shares = (h @ indexer.weights.T).double().numpy()
     for at in range(21):
         scores = [
             sum(shares[at, n] * max(0.0, float(q[at, n] @ keys[s])) for n in range(16))

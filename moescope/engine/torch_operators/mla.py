@@ -169,40 +169,47 @@ class TorchIndexer:
     def __call__(self, h: Tensor, latent: Tensor, call: Call) -> list[Tensor | None]:
         """Per lane, which of its S tokens each of T queries sees [T, S]; None: all before it."""
         s = self.spec
-        k = linear(h, self.k_proj)[:, None]
-        k = k if self.norm is None else self.norm(k)
-        if s.rope is not None:
-            k = rotate(k, s.rope, call.rotations[id(s.rope)])
+        k, q, weights = self.keys(h, call), self.queries(latent, call), self.head_weights(h)
         choices: list[Tensor | None] = []
         for lane, start, span in call.spans():
             end = start + call.tokens
-            self.cache[lane, start:end] = k[span, 0]
-            if end <= s.topk:
-                choices.append(None)
-                continue
-            rotation = None
-            if s.rope is not None:
-                cos, sin = call.rotations[id(s.rope)]
-                rotation = cos[span], sin[span]
-            choices.append(self._choose(h[span], latent[span], rotation, self.cache[lane, :end]))
+            self.cache[lane, start:end] = k[span]
+            seen = None
+            if end > s.topk:
+                seen = self._choose(q[span], weights[span], self.cache[lane, :end])
+            choices.append(seen)
         return choices
 
-    def _choose(
-        self, h: Tensor, latent: Tensor, rotation: tuple[Tensor, Tensor] | None, keys: Tensor
-    ) -> Tensor:
-        s, T, S = self.spec, len(h), len(keys)
-        q = linear(latent, self.q_proj).view(T, s.heads, s.head_dim)
-        if s.rope is not None and rotation is not None:
-            q = rotate(q, s.rope, rotation)
-        # transformers keeps this one matrix in float32
-        weights = linear(h.to(self.weights.dtype), self.weights).float() * s.heads**-0.5
-        seen = torch.zeros(T, S, dtype=torch.bool, device=h.device)
-        places = torch.arange(S, device=h.device)
+    def keys(self, h: Tensor, call: Call) -> Tensor:
+        """h [R, H] -> new rows of the cache [R, D]."""
+        k = linear(h, self.k_proj)[:, None]
+        k = k if self.norm is None else self.norm(k)
+        rope = self.spec.rope
+        return (k if rope is None else rotate(k, rope, call.rotations[id(rope)]))[:, 0]
+
+    def queries(self, latent: Tensor, call: Call) -> Tensor:
+        """[R, heads, D]"""
+        s = self.spec
+        q = linear(latent, self.q_proj).view(len(latent), s.heads, s.head_dim)
+        return q if s.rope is None else rotate(q, s.rope, call.rotations[id(s.rope)])
+
+    def head_weights(self, h: Tensor) -> Tensor:
+        """[R, heads] float32; transformers keeps this one matrix in float32."""
+        return linear(h.to(self.weights.dtype), self.weights).float() * self.spec.heads**-0.5
+
+    def scores(self, q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+        """q [R, heads, D] and weights [R, heads] over keys [S, D] or [R, S, D] -> [R, S]."""
+        each = F.relu(q.float() @ keys.float().transpose(-1, -2) * self.spec.head_dim**-0.5)
+        return (weights[:, None] @ each)[:, 0]
+
+    def _choose(self, q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+        s, T, S = self.spec, len(q), len(keys)
+        seen = torch.zeros(T, S, dtype=torch.bool, device=q.device)
+        places = torch.arange(S, device=q.device)
         for at in range(0, T, INDEX_BLOCK):
             block = slice(at, at + INDEX_BLOCK)
-            scores = F.relu(q[block].float() @ keys.float().T * s.head_dim**-0.5)
-            sums = (weights[block, None] @ scores)[:, 0]  # [block, S]
-            own = torch.arange(S - T, S, device=h.device)[block, None]
+            own = torch.arange(S - T, S, device=q.device)[block, None]
+            sums = self.scores(q[block], weights[block], keys)
             sums = sums.masked_fill(places > own, -torch.inf)
             seen[block].scatter_(1, sums.topk(s.topk, -1).indices, True)
             seen[block] &= places <= own
