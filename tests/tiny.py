@@ -80,7 +80,7 @@ def fill(model: Any, family: str, seed: int) -> None:
     """Random numbers in every tensor, as this family needs them."""
     import torch
 
-    tied = model.config.tie_word_embeddings
+    tied = getattr(model.config, "tie_word_embeddings", False)
     special = INIT.get(family, lambda name, tensor, noise: None)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def save_checkpoint(
     else:
         model.config.save_pretrained(folder)
         tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-        if model.config.tie_word_embeddings:
+        if getattr(model.config, "tie_word_embeddings", False):
             tensors.pop("lm_head.weight", None)
         if layout == "mlx":
             tensors = _mlx_layout(tensors, model.config.model_type)

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
+_OTHER_TOWERS = re.compile(r"visual|vision|audio|projector")
 _EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
@@ -103,9 +105,6 @@ LAYOUTS: dict[str, Callable[[Tensors], Tensors]] = {
             f"{m}.experts.mlp.w2": k["down"].transpose(1, 2).flatten(0, 1),
         }
     ),
-    "moe, stacked": _each(
-        lambda m, k: {f"{m}.moe.{kind}_proj.weight": stacked for kind, stacked in k.items()}
-    ),
     "switch_mlp": _each(
         lambda m, k: {f"{m}.switch_mlp.{kind}_proj.weight": stacked for kind, stacked in k.items()}
     ),
@@ -166,6 +165,21 @@ _MLX_FIELDS: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"hybrid_layer_pattern": [0, 1, 1, 0], "moe_layer_freq": [0, 1, 1, 1]},
 }
 _FILLERS: dict[str, Any] = {"int": 2, "float": 0.5, "bool": True, "str": "noaux_tc"}
+
+
+def text_alone(hub: Path, folder: Path) -> Path:
+    """The text of a checkpoint of several towers, as a checkpoint of its own type."""
+    whole = json.loads((hub / "config.json").read_text())
+    shutil.copytree(hub, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "config.json").write_text(json.dumps(whole["text_config"]))
+    tensors = load_file(hub / "model.safetensors")
+    text = {
+        name.replace("language_model.", "").removeprefix("thinker."): tensor
+        for name, tensor in tensors.items()
+        if not _OTHER_TOWERS.search(name)
+    }
+    save_file(text, folder / "model.safetensors")
+    return folder
 
 
 def known_to_mlx(model_type: str) -> bool:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from moescope.engine import load, torch_weights
 from moescope.engine.protocol import LoadRequest
 from tests.engine import packing
-from tests.engine.layout_writers import LAYOUTS, as_mlx, known_to_mlx, older_hunyuan
+from tests.engine.layout_writers import LAYOUTS, as_mlx, known_to_mlx, older_hunyuan, text_alone
 from tests.families import SAME, TINY
 from tests.tiny import save_checkpoint, tiny_checkpoint, tiny_model
 
@@ -66,8 +66,12 @@ def test_layouts_of_every_family(family: str, tmp_path: Path) -> None:
     if family not in WITH_IDENTITIES:
         fused = save_checkpoint(model, tmp_path / "fused", layout="fused", model_type=named)
         same(read(fused)[0], hub)
+    plain = tmp_path / "hub"
+    if "text_config" in json.loads((plain / "config.json").read_text()):
+        plain = text_alone(plain, tmp_path / "text")
+        same(read(plain)[0], hub)
     if known_to_mlx(family) and family not in FROM_PACKED:
-        found, inspected = read(as_mlx(tmp_path / "hub", tmp_path / "mlx"))
+        found, inspected = read(as_mlx(plain, tmp_path / "mlx"))
         for target, tensor in hub.items():
             if target.endswith(LEFT_OUT.get(family, "nothing")):
                 assert not found[target].any() and "0 throughout" in inspected.plan.notes()[0]

@@ -117,8 +117,10 @@ def test_a_config_of_another_model_does_not_load(
     case: str, key: str, value: Any, named: str, folder: Path, tmp_path: Path
 ) -> None:
     path = harness.write(BY_ID[case], tmp_path)
-    config = json.loads((path / "config.json").read_text())
+    whole = json.loads((path / "config.json").read_text())
+    config = whole.get("text_config", whole)
     assert key in config and config[key] != value
-    (path / "config.json").write_text(json.dumps({**config, key: value}))
+    config[key] = value
+    (path / "config.json").write_text(json.dumps(whole))
     with pytest.raises(MoescopeError, match=named.replace(".", r"\.")):
         load_model(LoadRequest(str(path), device="cpu"))

@@ -63,6 +63,19 @@ TRANSPOSED = ExpertLayout(
     down=In("experts.down_proj", "transposed"),
 )
 MLX_BARE = _each("mlx-lm, stacked experts", "experts", *_PROJ)
+FUSED = ExpertLayout(
+    "transformers 5, fused experts",
+    gate_up="experts.gate_up_proj",
+    down="experts.down_proj",
+)
+SWITCH_MLP = _each("mlx-lm, stacked experts", "switch_mlp", *_PROJ)
+# In the module itself: dense layers call their matrices so, too.
+STACKED = ExpertLayout(
+    "hub, stacked experts",
+    gate="gate_proj.weight",
+    up="up_proj.weight",
+    down="down_proj.weight",
+)
 
 LAYOUTS: tuple[ExpertLayout, ...] = (
     HUB,
@@ -72,11 +85,7 @@ LAYOUTS: tuple[ExpertLayout, ...] = (
         gate_up=In("experts.{e}.gate_and_up_proj.weight", "up first"),
         down="experts.{e}.down_proj.weight",
     ),
-    ExpertLayout(
-        "transformers 5, fused experts",
-        gate_up="experts.gate_up_proj",
-        down="experts.down_proj",
-    ),
+    FUSED,
     ExpertLayout(
         "transformers 5, stacked experts without a gate",
         up="experts.up_proj",
@@ -94,13 +103,12 @@ LAYOUTS: tuple[ExpertLayout, ...] = (
         up=In("experts.mlp.v1", "experts in rows"),
         down=In("experts.mlp.w2", "experts in rows, transposed"),
     ),
-    _each("hub, stacked experts", "moe", *_PROJ),
     ExpertLayout(
         "routed attention",
         queries="experts.input_linear.weight",
         out="experts.output_linear.weight",
     ),
-    _each("mlx-lm, stacked experts", "switch_mlp", *_PROJ),
+    SWITCH_MLP,
     MLX_BARE,
     _each("mlx-lm, one tensor per expert (w1, v1, w2)", "experts.{e}", "w1", "v1", "w2"),
     _each("mlx-lm, stacked experts", "experts.switch_glu", *_PROJ),
