@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from moescope.engine.operators import MoE, Norm, Operator, RoutedAttention, check_sizes
 from moescope.kernels.spec import RouterSpec
@@ -21,7 +22,9 @@ RESIDUAL = "residual"
 class Branch:
     """`adds_to` = keeps * `adds_to` + multiplier * post_norm(operator(pre_norm(`reads`))).
 
-    A router whose input is the residual reads what the branch read, before `pre_norm`.
+    A router whose input is the residual reads what the branch read, before `pre_norm`. With
+    `learned_sum` each of the two that are added has a learned vector added to it, and is then
+    multiplied by another.
     """
 
     name: str  # its tensors are `layers.N.<name>.*`
@@ -32,6 +35,7 @@ class Branch:
     reads: str = RESIDUAL
     adds_to: str = RESIDUAL
     keeps: float = 1.0
+    learned_sum: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """A decoder from token ids to logits. `carried` names taps that live on from layer to layer."""
+    """A decoder from token ids to logits. `carried` names taps that live on from layer to layer.
+
+    What reads a residual in float32 reads it rounded to the model's dtype.
+    """
 
     vocab_size: int
     hidden: int
@@ -53,6 +60,8 @@ class DecoderSpec:
     head_bias: bool = False
     norm_head: bool = False  # the head's columns are divided by their lengths
     embedding_scale: float = 1.0
+    learned_embedding: bool = False  # a learned vector is added, and another multiplies the sum
+    residual_dtype: Literal["model", "float32"] = "model"
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     carried: tuple[str, ...] = ()
@@ -60,6 +69,7 @@ class DecoderSpec:
     def __post_init__(self) -> None:
         for number, layer in enumerate(self.layers):
             _check_layer(self, number, layer)
+        _check_networks(self)
 
     def operators(self) -> Iterator[tuple[int, Branch]]:
         """Every branch with its layer number, in execution order."""
@@ -84,6 +94,25 @@ def state_bytes(spec: DecoderSpec, tokens: int, element_size: int) -> int:
             size = 4 if state.dtype == "float32" else element_size
             total += size * state.elements * (tokens if state.growth == "per_token" else 1)
     return total
+
+
+def _check_networks(spec: DecoderSpec) -> None:
+    """The gates' networks read what one before them wrote, in taps that no branch adds to."""
+    widths: dict[str, int] = {}
+    branches = {RESIDUAL} | {b.reads for _, b in spec.operators()}
+    branches |= {b.adds_to for _, b in spec.operators()}
+    for number, branch in spec.operators():
+        network = branch.operator.gate_network if isinstance(branch.operator, MoE) else None
+        if network is None:
+            continue
+        where = f"layer {number} branch {branch.name!r}"
+        if network.reads and widths.get(network.reads) != network.width:
+            raise ValueError(
+                f"{where}: its gate reads {network.reads!r}, which nothing has written"
+            )
+        if network.writes and (network.writes in branches or network.writes not in spec.carried):
+            raise ValueError(f"{where}: its gate writes {network.writes!r}, no tap of its own")
+        widths[network.writes] = network.width
 
 
 def _check_layer(spec: DecoderSpec, number: int, layer: Layer) -> None:

@@ -11,6 +11,7 @@ from moescope.engine.operators import (
     MLA,
     MLP,
     Attention,
+    ConvolvedAttention,
     LinearAttention,
     MoE,
     RoutedAttention,
@@ -69,6 +70,13 @@ def _attention(a: Attention) -> str:
     return ", ".join(parts)
 
 
+def _convolved(a: ConvolvedAttention) -> str:
+    parts = [f"attention {a.heads}×{a.head_dim}", f"kv {a.kv_heads}"]
+    parts += [f"window {a.window}"] * bool(a.window)
+    parts += [f"convolved over {a.channel_kernel + a.head_kernel - 1}"]
+    return ", ".join(parts)
+
+
 def _latent(m: MLA) -> str:
     words = f"MLA {m.heads}×{m.nope_dim + m.rope_dim}, latent {m.kv_lora_rank}"
     return words if m.indexer is None else f"{words}, top {m.indexer.topk} tokens"
@@ -99,6 +107,8 @@ def _experts(m: MoE) -> str:
     if m.experts.hidden:
         words += f" in {m.experts.hidden}"
     words += _activation(m.experts.activation)
+    if m.gate_network is not None:
+        words += f", gate by {m.gate_network.layers + 1} layers of {m.gate_network.width}"
     if wiring.num_null_experts:
         words += f", {wiring.num_null_experts} {wiring.null_expert_kind}"
     if m.shared is not None:
@@ -113,6 +123,7 @@ def _activation(name: str) -> str:
 
 _MIXERS: dict[type, Callable[[Any], str]] = {
     Attention: _attention,
+    ConvolvedAttention: _convolved,
     MLA: _latent,
     LinearAttention: _linear,
     StateSpace: _state_space,

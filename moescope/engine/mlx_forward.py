@@ -20,7 +20,8 @@ from moescope.engine.operators import MoE, Rope, RoutedAttention, rotary_embeddi
 
 Tables = dict[int, tuple[mx.array, mx.array]]  # by the id of a rope: cos, signed sin
 Normalise = Callable[[mx.array], mx.array] | None
-Branching = tuple[Normalise, ops.MLXOperator, Normalise, Branch]  # pre-norm, operator, post-norm
+# pre-norm, operator, post-norm, the sum
+Branching = tuple[Normalise, ops.MLXOperator, Normalise, Branch, ops.Adds]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Stage:
 
     branches: list[Branching]
     scale: mx.array | None  # of the residual after the layer
+    dtype: mx.Dtype  # that operators read the residual in
 
 
 class Forward:
@@ -44,8 +46,9 @@ class Forward:
             self.head = ops.matrix(ops.with_unit_columns(self.head.whole()))
         self.head_bias = ops.array(weights["head.bias"]) if spec.head_bias else None
         self.final = ops.load_norm(spec.final_norm, weights, "final_norm")
+        self.starts = ops.load_embedding(spec, weights)
         self.stages = self._build(weights, routers)
-        self.operators = [run for stage in self.stages for _, run, _, _ in stage.branches]
+        self.operators = [run for stage in self.stages for _, run, *_ in stage.branches]
         self.ropes = {
             id(rope): rope
             for _, branch in spec.operators()
@@ -67,9 +70,9 @@ class Forward:
                 routers += isinstance(operator, MoE | RoutedAttention)
                 pre = ops.load_norm(branch.pre_norm, weights, f"{path}.pre_norm")
                 post = ops.load_norm(branch.post_norm, weights, f"{path}.post_norm")
-                branches.append((pre, run, post, branch))
+                branches.append((pre, run, post, branch, ops.load_adds(branch, weights, path)))
             scale = ops.array(weights[f"layers.{number}.scale"]) if layer.learned_scale else None
-            stages.append(Stage(branches, scale))
+            stages.append(Stage(branches, scale, ops.DTYPES[self.dtype]))
         return stages
 
     def rotate(self, capacity: int) -> None:
@@ -92,11 +95,11 @@ class Forward:
         x = self.embed.take(ids)  # [R, H]
         if spec.embedding_scale != 1.0:
             x = x * mx.array(spec.embedding_scale, x.dtype)
-        taps = {RESIDUAL: x}
+        taps = {RESIDUAL: self.starts(x)}
         after: States = []
         for stage in self.stages:
             taps = _run_layer(stage, taps, call, spec.carried, state, after)
-        x = taps[RESIDUAL]
+        x = taps[RESIDUAL].astype(ops.DTYPES[self.dtype])
         if static.tokens > 1 and not static.all_logits:
             x = x[-1:]
         logits = self.head(x if self.final is None else self.final(x), self.head_bias)
@@ -137,18 +140,13 @@ def _run_layer(
     """The taps after a layer: the residual, and those that live on. Every operator takes its state
     from `states`, and what it is afterwards goes to `after`."""
     call.taps = taps = dict(taps)
-    for pre, run, post, branch in stage.branches:
-        call.read, call.state = taps[branch.reads], next(states)
+    for pre, run, post, branch, adds in stage.branches:
+        call.read, call.state = taps[branch.reads].astype(stage.dtype), next(states)
         y = run(call.read if pre is None else pre(call.read), call)
         after.append(call.state)
         if post is not None:
             y = post(y)
-        if branch.multiplier != 1.0:
-            y = y * branch.multiplier
-        held = taps.get(branch.adds_to)
-        if held is not None and branch.keeps != 1.0:
-            held = held * branch.keeps
-        taps[branch.adds_to] = y if held is None else held + y
+        taps[branch.adds_to] = adds(y, taps.get(branch.adds_to))
     if stage.scale is not None:
         taps[RESIDUAL] = taps[RESIDUAL] * stage.scale
     return {name: value for name, value in taps.items() if name in (RESIDUAL, *carried)}

@@ -18,7 +18,9 @@ from moescope.engine.operators import (
     MLA,
     MLP,
     Attention,
+    ConvolvedAttention,
     Experts,
+    GateNetwork,
     Indexer,
     LinearAttention,
     MoE,
@@ -35,6 +37,7 @@ from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 
 OPERATORS: tuple[type, ...] = (
     Attention,
+    ConvolvedAttention,
     LinearAttention,
     MLA,
     MLP,
@@ -47,9 +50,9 @@ OPERATORS: tuple[type, ...] = (
 
 HONOURED: dict[type, str] = {
     DecoderSpec: "vocab_size hidden context layers final_norm tied_head head_bias norm_head "
-    "embedding_scale logit_scale logit_softcap carried",
+    "embedding_scale learned_embedding residual_dtype logit_scale logit_softcap carried",
     Layer: "branches learned_scale",
-    Branch: "name operator pre_norm post_norm multiplier reads adds_to keeps",
+    Branch: "name operator pre_norm post_norm multiplier reads adds_to keeps learned_sum",
     Norm: "width eps kind weight bias applies gate_rank",
     Rope: "theta dims style scaling applies sections",
     RopeScaling: "kind factor original_context attention_factor beta_fast beta_slow truncate "
@@ -59,6 +62,8 @@ HONOURED: dict[type, str] = {
     "out_bias qk_norm kv_norm qk_norm_over qk_norm_after_rope v_norm clip_qkv sinks softcap gate "
     "keys_are_values value_scale temperature_scale temperature_floor temperature_kind gate_bias "
     "float32_scores",
+    ConvolvedAttention: "hidden heads kv_heads head_dim scale rope channel_kernel head_kernel "
+    "window qkv_bias out_bias",
     LinearAttention: "hidden kind key_heads value_heads key_dim value_dim conv_kernel out_norm "
     "out_gate gate_rank decay_floor",
     MLA: "hidden heads kv_lora_rank nope_dim rope_dim v_dim scale rope q_lora_rank latent_norm "
@@ -67,7 +72,8 @@ HONOURED: dict[type, str] = {
     Indexer: "heads head_dim topk rope norm",
     MLP: "hidden width activation glu bias limit limit_site alpha up_shift",
     Experts: "width activation glu bias limit limit_site alpha up_shift hidden",
-    MoE: "hidden router experts shared output_bias router_norm sums_in_float32",
+    MoE: "hidden router experts shared output_bias router_norm sums_in_float32 gate_network",
+    GateNetwork: "width norm layers activation reads writes",
     Pass: "",
     RoutedAttention: "hidden router kv_heads head_dim scale rope output_bias",
     ShortConv: "hidden kernel bias",
@@ -81,6 +87,7 @@ HONOURED: dict[type, str] = {
 }
 # Of honoured fields that hold a word, the words: others may come to be.
 WORDS: dict[tuple[type, str], str] = {
+    (DecoderSpec, "residual_dtype"): "model float32",
     (Norm, "kind"): "rms rms_zero_centred layer l2",
     (Norm, "applies"): "model float32",
     (Rope, "style"): "half interleaved",
@@ -96,9 +103,10 @@ WORDS: dict[tuple[type, str], str] = {
     (MLP, "limit_site"): "before after",
     (Experts, "activation"): "silu gelu gelu_tanh relu2 swiglu_oai",
     (Experts, "limit_site"): "before after",
+    (GateNetwork, "activation"): "silu gelu gelu_tanh relu2",
     (StateSpace, "kind"): "mamba1 mamba2",
     (RouterWiring, "null_expert_kind"): "none identity skip",
-    (RouterWiring, "router_input"): "normed residual residual_rms_scaled",
+    (RouterWiring, "router_input"): "normed residual residual_rms_scaled carried_mlp",
     (RouterWiring, "router_dtype"): "model float32 bfloat16 float16",
     (RouterWiring, "shared_expert_gate"): "none sigmoid",
     (RouterWiring, "shared_combination"): "add average",

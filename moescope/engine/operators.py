@@ -117,6 +117,42 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class ConvolvedAttention:
+    """Softmax attention whose queries and keys pass two causal convolutions over the last tokens,
+    each channel's own and then one over the channels of a head, beside their means (compressed
+    convolutional attention, arXiv 2510.04476).
+
+    Half of the columns of a value are of the token before. Queries and keys are brought to length
+    sqrt(head_dim), keys then multiplied by a learned number for each head.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None
+    channel_kernel: int
+    head_kernel: int
+    window: int = 0
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    @property
+    def tail(self) -> int:
+        """How many tokens before the present one are looked at again."""
+        return max(1, self.channel_kernel + self.head_kernel - 2)
+
+    def state(self) -> tuple[State, ...]:
+        values = self.kv_heads * self.head_dim
+        channels = self.heads * self.head_dim + values + values // 2
+        return (
+            State("kv", "per_token", 2 * values, self.window),
+            State("convolution", "fixed", channels * self.tail),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Indexer:
     """Which tokens a query of latent attention sees: the `topk` with the highest scores, by a small
     attention with one key for all heads (DeepSeek sparse attention). All, where there are fewer."""
@@ -266,6 +302,20 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
+class GateNetwork:
+    """What stands between a router's input and its gate: a narrow projection, a norm, and layers
+    with a bias. `writes` is the tap that the projected input is left in; a router that `reads` a
+    tap adds what is in it, each column times a learned number, before it leaves its own."""
+
+    width: int
+    norm: Norm
+    layers: int
+    activation: Activation
+    reads: str = ""
+    writes: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class MoE:
     """A router and what it routes to."""
 
@@ -276,6 +326,7 @@ class MoE:
     output_bias: bool = False  # learned, added after the sum
     router_norm: Norm | None = None  # of a router that reads the residual through its own norm
     sums_in_float32: bool = False  # routed and shared output, added before they are rounded
+    gate_network: GateNetwork | None = None  # with `router_input` carried_mlp
 
     def state(self) -> tuple[State, ...]:
         return ()
@@ -306,7 +357,16 @@ class Pass:
 
 
 Operator = (
-    Attention | MLA | LinearAttention | StateSpace | ShortConv | MLP | MoE | RoutedAttention | Pass
+    Attention
+    | ConvolvedAttention
+    | MLA
+    | LinearAttention
+    | StateSpace
+    | ShortConv
+    | MLP
+    | MoE
+    | RoutedAttention
+    | Pass
 )
 
 
@@ -327,6 +387,11 @@ def check_sizes(operator: Operator, where: str) -> None:
                 )
             if operator.window and operator.chunk:
                 raise ValueError(f"{where}: window and chunk exclude each other")
+        case ConvolvedAttention():
+            if operator.heads % operator.kv_heads:
+                raise ValueError(
+                    f"{where}: {operator.heads} heads do not divide over {operator.kv_heads}"
+                )
         case MLA():
             if operator.rope is not None and operator.rope.dims != operator.rope_dim:
                 raise ValueError(f"{where}: rope over {operator.rope.dims} dims of the rope part")
@@ -342,6 +407,11 @@ def check_sizes(operator: Operator, where: str) -> None:
             classes = operator.router.wiring.num_experts + operator.router.wiring.num_null_experts
             if not 1 <= operator.router.policy.num_experts_per_tok <= classes:
                 raise ValueError(f"{where}: num_experts_per_tok is not in 1..{classes}")
+            network = getattr(operator, "gate_network", None)
+            if network is None and operator.router.wiring.router_input == "carried_mlp":
+                raise ValueError(f"{where}: router_input carried_mlp without a gate_network")
+            if network is not None and network.norm.width != network.width:
+                raise ValueError(f"{where}: norm of width {network.norm.width} in the gate_network")
         case _:
             pass
     rope = getattr(operator, "rope", None)

@@ -17,6 +17,8 @@ from moescope.engine.operators import (
     MLA,
     MLP,
     Attention,
+    ConvolvedAttention,
+    GateNetwork,
     Indexer,
     LinearAttention,
     MoE,
@@ -54,9 +56,12 @@ def slots(spec: DecoderSpec) -> Iterator[Slot]:
     """Every tensor of the decoder, in the order the decoder uses them."""
     table = (spec.vocab_size, spec.hidden)
     yield _plain("embed.weight", table, "vocab_size", "hidden_size")
+    if spec.learned_embedding:
+        yield _plain("embed.shift", (spec.hidden,), "hidden_size")
+        yield _plain("embed.gain", (spec.hidden,), "hidden_size")
     for number, layer in enumerate(spec.layers):
         for branch in layer.branches:
-            yield from _of_branch(f"layers.{number}.{branch.name}", branch)
+            yield from _of_branch(f"layers.{number}.{branch.name}", branch, spec.hidden)
         if layer.learned_scale:
             yield _plain(f"layers.{number}.scale", (1,), "one")
     yield from _of_norm("final_norm", spec.final_norm)
@@ -94,7 +99,7 @@ def read_per_token(spec: DecoderSpec) -> Iterator[tuple[Slot, int]]:
             yield slot, slot.elements
 
 
-def _of_branch(path: str, branch: Branch) -> Iterator[Slot]:
+def _of_branch(path: str, branch: Branch, hidden: int) -> Iterator[Slot]:
     yield from _of_norm(f"{path}.pre_norm", branch.pre_norm)
     for slot in _of_operator(branch.operator):
         parts = slot.parts
@@ -102,6 +107,9 @@ def _of_branch(path: str, branch: Branch) -> Iterator[Slot]:
             parts = tuple((f"{path}.{name}", rows) for name, rows in parts)
         yield replace(slot, name=f"{path}.{slot.name}", parts=parts)
     yield from _of_norm(f"{path}.post_norm", branch.post_norm)
+    if branch.learned_sum:
+        for name in ("shift", "gain", "kept_shift", "kept_gain"):
+            yield _plain(f"{path}.sum.{name}", (hidden,), "hidden_size")
 
 
 _HEADS = "num_attention_heads × head_dim"
@@ -121,6 +129,8 @@ def _of_operator(operator: Operator) -> Iterator[Slot]:
     match operator:
         case Attention():
             yield from _of_attention(operator)
+        case ConvolvedAttention():
+            yield from _of_convolved_attention(operator)
         case MLP():
             yield from _of_mlp(operator, "")
         case MoE():
@@ -179,6 +189,26 @@ def _of_attention(a: Attention) -> Iterator[Slot]:
         yield _plain("o_proj.bias", (a.hidden,), "hidden_size")
 
 
+def _of_convolved_attention(a: ConvolvedAttention) -> Iterator[Slot]:
+    queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    both, half = queries + keys, keys // 2
+    rows = (("q_proj", queries), ("k_proj", keys), ("v_proj", keys - half), ("v_before", half))
+    wide = "num_attention_heads and num_key_value_heads × head_dim"
+    shapes: dict[str, Shape] = {"weight": (both + keys, a.hidden), "bias": (both + keys,)}
+    for kind in ("weight", "bias") if a.qkv_bias else ("weight",):
+        parts = tuple((f"{name}.{kind}", count) for name, count in rows)
+        yield Slot(f"qkv.{kind}", shapes[kind], parts, (wide, "hidden_size")[: len(shapes[kind])])
+    yield _plain("channel_conv.weight", (both, a.channel_kernel), wide, "channel kernel")
+    yield _plain("channel_conv.bias", (both,), wide)
+    taps = (both, a.head_dim, a.head_kernel)
+    yield _plain("head_conv.weight", taps, wide, "head_dim", "head kernel")
+    yield _plain("head_conv.bias", (both,), wide)
+    yield _plain("key_scale", (a.kv_heads,), "num_key_value_heads")
+    yield _plain("o_proj.weight", (a.hidden, queries), "hidden_size", _HEADS)
+    if a.out_bias:
+        yield _plain("o_proj.bias", (a.hidden,), "hidden_size")
+
+
 def _of_mlp(m: MLP, prefix: str) -> Iterator[Slot]:
     width = "intermediate_size" if not prefix else "shared_expert_intermediate_size"
     names = ("gate_proj", "up_proj") if m.glu else ("up_proj",)
@@ -195,7 +225,12 @@ def _of_mlp(m: MLP, prefix: str) -> Iterator[Slot]:
 def _of_moe(m: MoE) -> Iterator[Slot]:
     wiring, experts = m.router.wiring, m.experts
     classes = wiring.num_experts + wiring.num_null_experts
-    yield _plain("gate.weight", (classes, m.hidden), "num_experts", "hidden_size")
+    network = m.gate_network
+    if network is None:
+        yield _plain("gate.weight", (classes, m.hidden), "num_experts", "hidden_size")
+    else:
+        yield from _of_gate_network(network, m.hidden)
+        yield _plain("gate.weight", (classes, network.width), "num_experts", "router_hidden_size")
     if wiring.router_input == "residual_rms_scaled":
         yield _plain("gate.scale", (m.hidden,), "hidden_size")
     if wiring.gate_bias:
@@ -245,6 +280,17 @@ def _of_moe(m: MoE) -> Iterator[Slot]:
             yield _plain("shared_expert_gate.weight", (1, m.hidden), "one", "hidden_size")
     if m.output_bias:
         yield _plain("output_bias", (m.hidden,), "hidden_size")
+
+
+def _of_gate_network(n: GateNetwork, hidden: int) -> Iterator[Slot]:
+    says = "router_hidden_size"
+    yield from _of_linear("gate.down", n.width, hidden, True, says)
+    if n.reads:
+        yield _plain("gate.carried", (n.width,), says)
+    yield from _of_norm("gate.norm", n.norm, says)
+    for number in range(n.layers):
+        yield _plain(f"gate.layer_{number}.weight", (n.width, n.width), says, says)
+        yield _plain(f"gate.layer_{number}.bias", (n.width,), says)
 
 
 def _of_mla(m: MLA) -> Iterator[Slot]:

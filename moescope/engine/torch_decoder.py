@@ -33,7 +33,8 @@ from moescope.kernels.twins import Difference
 from moescope.trace.frames import RecordLevel
 
 Normalise = Callable[[Tensor], Tensor] | None
-Branching = tuple[Normalise, ops.TorchOperator, Normalise, Branch]  # pre-norm, operator, post-norm
+# pre-norm, operator, post-norm, the sum
+Branching = tuple[Normalise, ops.TorchOperator, Normalise, Branch, ops.Adds]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Stage:
     device: str
     branches: list[Branching]
     scale: Tensor | None  # of the residual after the layer
+    dtype: torch.dtype  # that operators read the residual in
 
 
 class TorchDecoder:
@@ -74,6 +76,7 @@ class TorchDecoder:
             self._head = ops.with_unit_columns(self._head)
         self._head_bias = weights.get("head.bias")
         self._final = ops.load_norm(spec.final_norm, weights, "final_norm")
+        self._start = ops.load_embedding(spec, weights)
         self._stages = self._build(weights, devices or [device] * len(spec.layers))
         self._devices = sorted({stage.device for stage in self._stages} | {device})
         self._operators = [
@@ -124,9 +127,10 @@ class TorchDecoder:
                 routers += isinstance(operator, MoE | RoutedAttention)
                 pre = ops.load_norm(branch.pre_norm, weights, f"{path}.pre_norm")
                 post = ops.load_norm(branch.post_norm, weights, f"{path}.post_norm")
-                branches.append((pre, run, post, branch))
+                adds = ops.load_adds(branch, weights, path)
+                branches.append((pre, run, post, branch, adds))
             scale = weights[f"layers.{number}.scale"] if layer.learned_scale else None
-            stages.append(Stage(devices[number], branches, scale))
+            stages.append(Stage(devices[number], branches, scale, dtype))
         return stages
 
     def _grouped_experts(self) -> str:
@@ -138,7 +142,7 @@ class TorchDecoder:
     def operators(self) -> Iterator[tuple[int, Branch, ops.TorchOperator]]:
         """Every running operator with its layer and its branch, in execution order."""
         for number, stage in enumerate(self._stages):
-            for _, run, _, branch in stage.branches:
+            for _, run, _, branch, _ in stage.branches:
                 yield number, branch, run
 
     # --- lanes ------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ class TorchDecoder:
         found = {
             (stage.device, id(rope)): rope
             for stage in self._stages
-            for _, _, _, branch in stage.branches
+            for _, _, _, branch, _ in stage.branches
             for rope in rotary_embeddings(branch.operator)
         }
         return [(device, rope) for (device, _), rope in found.items()]
@@ -351,10 +355,7 @@ class TorchDecoder:
         watched = self.intervene is not None or self.twins is not None
         calls = self._prepare(lanes, ids, keep_logits=watched or record == "logits")
         first = calls[self.device]
-        x = F.embedding(first.token_ids, self._embed)  # [R, H]
-        if self.spec.embedding_scale != 1.0:
-            x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)
-        taps = {RESIDUAL: x}
+        taps = {RESIDUAL: self._embedded(first.token_ids)}
         for stage in self._stages:
             taps = _run_layer(stage, taps, calls[stage.device], self.spec.carried)
         x = taps[RESIDUAL].to(self.device).view(len(lanes), first.tokens, -1)
@@ -362,9 +363,17 @@ class TorchDecoder:
             x = x[:, -1:]
         shape = x.shape[:2]
         x = x.flatten(0, 1)
+        x = x.to(ops.DTYPES[self.dtype])
         x = self._final(x) if self._final else x
         logits = self._scaled(ops.linear(x, self._head, self._head_bias)).view(*shape, -1)
         return collect(first, logits, record)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """ids [R] -> the residual before the first layer [R, H]."""
+        x = F.embedding(ids, self._embed)
+        if self.spec.embedding_scale != 1.0:
+            x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)
+        return self._start(x)
 
     def _scaled(self, logits: Tensor) -> Tensor:
         spec = self.spec
@@ -464,18 +473,13 @@ def _run_layer(
     """The taps after a layer: the residual, and those that live on."""
     taps = {name: value.to(stage.device) for name, value in taps.items()}
     call.taps = taps
-    for pre, run, post, branch in stage.branches:
-        call.read = taps[branch.reads]
+    for pre, run, post, branch, adds in stage.branches:
+        call.read = taps[branch.reads].to(stage.dtype)
         h = call.read if pre is None else pre(call.read)
         y = run(h, call)
         if post is not None:
             y = post(y)
-        if branch.multiplier != 1.0:
-            y = y * branch.multiplier
-        held = taps.get(branch.adds_to)
-        if held is not None:
-            y = y + (held if branch.keeps == 1.0 else held * branch.keeps)
-        taps[branch.adds_to] = y
+        taps[branch.adds_to] = adds(y, taps.get(branch.adds_to))
     if stage.scale is not None:
         taps[RESIDUAL] = taps[RESIDUAL] * stage.scale
     return {name: value for name, value in taps.items() if name in (RESIDUAL, *carried)}

@@ -208,8 +208,10 @@ def decoder(
     *,
     applies: Applies = "model",
     final_norm: Norm | None = None,
+    carried: tuple[str, ...] = (),
 ) -> DecoderSpec:
-    """`final_norm` None: an RMS norm, multiplied in the dtype `applies` says."""
+    """`final_norm` None: an RMS norm, multiplied in the dtype `applies` says. `carried`: taps that
+    live on from layer to layer."""
     return DecoderSpec(
         vocab_size=sizes.vocab,
         hidden=sizes.hidden,
@@ -217,6 +219,7 @@ def decoder(
         layers=tuple(layers),
         final_norm=final_norm or Norm(sizes.hidden, sizes.eps, applies=applies),
         tied_head=sizes.tied,
+        carried=carried,
     )
 
 

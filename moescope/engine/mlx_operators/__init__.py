@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from moescope.engine.mlx_operators.attention import MLXAttention
 from moescope.engine.mlx_operators.common import DTYPES, Call, Held, Stateless, Static, Weights
+from moescope.engine.mlx_operators.convolved_attention import MLXConvolvedAttention
 from moescope.engine.mlx_operators.experts import MLXExperts
 from moescope.engine.mlx_operators.linear_attention import GatedDelta, KimiDelta
 from moescope.engine.mlx_operators.matrix import Above, Dense, Matrix, Packed, Stored, array, matrix
@@ -21,6 +22,7 @@ from moescope.engine.mlx_operators.mla import MLXMLA
 from moescope.engine.mlx_operators.mlp import MLXMLP
 from moescope.engine.mlx_operators.moe import MLXMoE, MLXRouter
 from moescope.engine.mlx_operators.norms import load_norm, with_unit_columns
+from moescope.engine.mlx_operators.residual import Adds, load_adds, load_embedding
 from moescope.engine.mlx_operators.rope import rotary_table, switches
 from moescope.engine.mlx_operators.routed_attention import MLXRoutedAttention
 from moescope.engine.mlx_operators.short_conv import MLXShortConv
@@ -29,6 +31,7 @@ from moescope.engine.operators import (
     MLA,
     MLP,
     Attention,
+    ConvolvedAttention,
     LinearAttention,
     MoE,
     Pass,
@@ -42,6 +45,7 @@ __all__ = [
     "MLXMLP",
     "OPERATORS",
     "Above",
+    "Adds",
     "Call",
     "Dense",
     "Held",
@@ -56,6 +60,8 @@ __all__ = [
     "Stored",
     "Weights",
     "array",
+    "load_adds",
+    "load_embedding",
     "load_norm",
     "matrix",
     "rotary_table",
@@ -90,6 +96,9 @@ Build = Callable[[Any, Weights, str, str, int], MLXOperator]
 # operator -> (spec, weights, path, dtype, number of the router) -> running operator
 OPERATORS: dict[type, Build] = {
     Attention: lambda spec, weights, path, dtype, _: MLXAttention(spec, weights, path, dtype),
+    ConvolvedAttention: lambda spec, weights, path, dtype, _: MLXConvolvedAttention(
+        spec, weights, path, dtype
+    ),
     LinearAttention: lambda spec, weights, path, dtype, _: LINEAR[spec.kind](
         spec, weights, path, dtype
     ),

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from moescope.engine.mlx_operators.common import DTYPES, Call, Stateless, Weights
 from moescope.engine.mlx_operators.experts import MLXExperts
+from moescope.engine.mlx_operators.gate_network import MLXGateNetwork
 from moescope.engine.mlx_operators.matrix import Dense, Matrix, array, matrix
 from moescope.engine.mlx_operators.mlp import MLXMLP
 from moescope.engine.mlx_operators.norms import make_norm
@@ -19,7 +20,8 @@ from moescope.kernels.spec import Routing
 
 
 class MLXRouter:
-    """The gate's product, and the routing of every row under the policies of its lane."""
+    """The gate's product, and the routing of every row under the policies of its lane. Where a
+    network stands before the gate, what the gate reads is its output."""
 
     def __init__(
         self, spec: MoE | RoutedAttention, weights: Weights, path: str, index: int
@@ -36,6 +38,8 @@ class MLXRouter:
             weights, f"{path}.gate.per_expert_scale", policy.per_expert_scale
         )
         self.seen = _INPUTS[wiring.router_input](spec, weights, path)
+        network = spec.gate_network if isinstance(spec, MoE) else None
+        self.network = None if network is None else MLXGateNetwork(network, weights, path)
 
     @staticmethod
     def _vector(weights: Weights, name: str, wanted: bool) -> mx.array | None:
@@ -47,8 +51,10 @@ class MLXRouter:
         static = call.static
         rows = call.rows[self.index]  # [R, P, WIDTH]
         assert call.read is not None
-        x = self.seen(h, call.read).astype(self.dtype)
-        routing = self._routed(x, rows, call)
+        x = self.seen(h, call.read)
+        if self.network is not None:
+            x = self.network(x, call)
+        routing = self._routed(x.astype(self.dtype), rows, call)
         call.routings.append(routing)
         K = static.picks[self.index]
         return routing.expert_ids[:, 0, :K], routing.weights[:, 0, :K]
@@ -191,4 +197,5 @@ _INPUTS: dict[str, Callable[[MoE | RoutedAttention, Weights, str], Seen]] = {
     "normed": _normed,
     "residual": _residual,
     "residual_rms_scaled": _residual_rms_scaled,
+    "carried_mlp": _normed,
 }

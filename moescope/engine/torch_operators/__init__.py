@@ -18,6 +18,7 @@ from moescope.engine.operators import (
     MLA,
     MLP,
     Attention,
+    ConvolvedAttention,
     LinearAttention,
     MoE,
     Pass,
@@ -34,6 +35,7 @@ from moescope.engine.torch_operators.common import (
     Weights,
     linear,
 )
+from moescope.engine.torch_operators.convolved_attention import TorchConvolvedAttention
 from moescope.engine.torch_operators.experts import TorchExperts, grouped_products
 from moescope.engine.torch_operators.linear_attention import GatedDelta, KimiDelta
 from moescope.engine.torch_operators.mla import TorchMLA
@@ -41,6 +43,7 @@ from moescope.engine.torch_operators.mlp import ACTIVATIONS, TorchMLP
 from moescope.engine.torch_operators.moe import TorchMoE, TorchRouter, rounded_gate
 from moescope.engine.torch_operators.norms import load_norm, make_norm, with_unit_columns
 from moescope.engine.torch_operators.recurrent import Recurrent, Saved
+from moescope.engine.torch_operators.residual import Adds, load_adds, load_embedding
 from moescope.engine.torch_operators.rope import rotary_table, switches
 from moescope.engine.torch_operators.routed_attention import TorchRoutedAttention
 from moescope.engine.torch_operators.short_conv import TorchShortConv
@@ -50,6 +53,7 @@ __all__ = [
     "ACTIVATIONS",
     "DTYPES",
     "OPERATORS",
+    "Adds",
     "Call",
     "Groups",
     "Recurrent",
@@ -64,6 +68,8 @@ __all__ = [
     "Weights",
     "grouped_products",
     "linear",
+    "load_adds",
+    "load_embedding",
     "load_norm",
     "make_norm",
     "rotary_table",
@@ -100,6 +106,9 @@ Build = Callable[[Any, Weights, str, torch.dtype, int], TorchOperator]
 # operator -> (spec, weights, path, dtype, number of the router) -> running operator
 OPERATORS: dict[type, Build] = {
     Attention: lambda spec, weights, path, dtype, _: TorchAttention(spec, weights, path, dtype),
+    ConvolvedAttention: lambda spec, weights, path, dtype, _: TorchConvolvedAttention(
+        spec, weights, path, dtype
+    ),
     MLA: lambda spec, weights, path, dtype, _: TorchMLA(spec, weights, path, dtype),
     MLP: lambda spec, weights, path, dtype, _: TorchMLP(spec, weights, f"{path}."),
     MoE: lambda spec, weights, path, dtype, router: TorchMoE(spec, weights, path, router),

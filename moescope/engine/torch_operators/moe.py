@@ -10,6 +10,7 @@ from torch import Tensor
 from moescope.engine.operators import MoE, RoutedAttention
 from moescope.engine.torch_operators.common import DTYPES, Call, Groups, Stateless, Weights, linear
 from moescope.engine.torch_operators.experts import TorchExperts
+from moescope.engine.torch_operators.gate_network import TorchGateNetwork
 from moescope.engine.torch_operators.mlp import TorchMLP
 from moescope.engine.torch_operators.norms import make_norm
 from moescope.kernels.spec import RouterSpec, Routing
@@ -17,7 +18,8 @@ from moescope.kernels.torch_ops import route_torch
 
 
 class TorchRouter:
-    """The gate's product and the routing of every row under the spec of its lane."""
+    """The gate's product and the routing of every row under the spec of its lane. Where a network
+    stands before the gate, what the gate reads is its output."""
 
     def __init__(
         self, spec: MoE | RoutedAttention, weights: Weights, path: str, index: int
@@ -29,11 +31,15 @@ class TorchRouter:
         self.correction_bias = weights.get(f"{path}.gate.correction_bias")
         self.per_expert_scale = weights.get(f"{path}.gate.per_expert_scale")
         self.seen = _INPUTS[spec.router.wiring.router_input](spec, weights, path)
+        network = spec.gate_network if isinstance(spec, MoE) else None
+        self.network = None if network is None else TorchGateNetwork(network, weights, path)
         self.alter: Callable[[Tensor], Tensor] | None = None  # the logits, as a fault would
 
     def __call__(self, h: Tensor, call: Call) -> Routing:
         """h [R, H] after the branch's norm -> routing of R rows; the call keeps it."""
         x = self.seen(h, call.read)
+        if self.network is not None:
+            x = self.network(x, call)
         groups = call.groups[self.index]
         routing = (
             self.route(x, groups[0][0], call)
@@ -49,7 +55,7 @@ class TorchRouter:
         return routing
 
     def route(self, x: Tensor, spec: RouterSpec, call: Call) -> Routing:
-        """What this router decides under `spec` for rows it reads as `x` [R, H]."""
+        """What this router decides under `spec` for rows that its gate reads as `x` [R, H]."""
         dtype = DTYPES[spec.wiring.router_dtype]
         gate = self._gate(spec.policy.gate_quant_bits).to(dtype)
         bias = None if self.gate_bias is None else self.gate_bias.to(dtype)
@@ -167,6 +173,7 @@ _INPUTS: dict[str, Callable[[MoE | RoutedAttention, Weights, str], Seen]] = {
     "normed": _normed,
     "residual": _residual,
     "residual_rms_scaled": _residual_rms_scaled,
+    "carried_mlp": _normed,
 }
 
 
