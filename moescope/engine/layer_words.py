@@ -71,10 +71,8 @@ def _attention(a: Attention) -> str:
 
 
 def _convolved(a: ConvolvedAttention) -> str:
-    parts = [f"attention {a.heads}×{a.head_dim}", f"kv {a.kv_heads}"]
-    parts += [f"window {a.window}"] * bool(a.window)
-    parts += [f"convolved over {a.channel_kernel + a.head_kernel - 1}"]
-    return ", ".join(parts)
+    words = f"convolved attention {a.heads}×{a.head_dim}, kv {a.kv_heads}"
+    return words + (f", window {a.window}" if a.window else "")
 
 
 def _latent(m: MLA) -> str:

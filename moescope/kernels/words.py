@@ -87,7 +87,8 @@ def _top_k(spec: RouterSpec) -> str:
     words = f"{spec.K} by token id" if w.hash_table else f"top-{spec.K}"
     notes = []
     if w.num_null_experts:
-        notes.append(f"{w.num_null_experts} {w.null_expert_kind} classes")
+        classes = "class" if w.num_null_experts == 1 else "classes"
+        notes.append(f"{w.num_null_experts} {w.null_expert_kind} {classes}")
     if spec.policy.tie_break != "lower_id":
         notes.append("ties to the higher id")
     return f"{words} ({', '.join(notes)})" if notes else words

@@ -56,7 +56,6 @@ REFUSALS: tuple[tuple[str, str], ...] = (
     ("minimax", "lightning / KDA linear attention not implemented"),
     ("bailing_moe_linear", "lightning / KDA linear attention not implemented"),
     ("kimi_k3", "lightning / KDA linear attention not implemented"),
-    ("zaya", "compressed convolutional attention not implemented"),
     ("muse_spark*", "experts of a compressed width, with norms around each, not implemented"),
     ("mistral_large4*", "its indexer and its layers that share keys are not implemented"),
     ("openai_privacy_filter", "labels tokens and generates none"),
