@@ -71,7 +71,7 @@ def _head(facts: dict[str, Any], width: int) -> Iterator[str]:
 def _weights(facts: dict[str, Any], width: int) -> Iterator[str]:
     method = facts["quantisation"]
     if facts["stored"] is None:
-        words = "none in this folder" + (f"; config.json says {method}" if method else "")
+        words = "none in this folder" + (f"; the config says {method}" if method else "")
         yield from _wrapped("weights", words, width)
         return
     shards = f"{facts['shards']} shard" + "s" * (facts["shards"] != 1)

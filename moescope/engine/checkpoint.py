@@ -29,6 +29,7 @@ from moescope.engine.files import (
     resolve_folder,
 )
 from moescope.engine.header import Header, TensorInfo, read_header
+from moescope.engine.quantised.scheme import MODELOPT_FILE
 from moescope.engine.shards import foreign_weights, list_shards
 from moescope.safety import LIMITS, single_line
 
@@ -76,6 +77,9 @@ class Checkpoint:
                 "give the folder of a model as published: config.json and *.safetensors",
             )
         config = parse_object(data, "config.json")
+        beside = read_member(folder, MODELOPT_FILE, LIMITS.config_bytes)
+        if beside is not None:
+            config[MODELOPT_FILE] = parse_object(beside, MODELOPT_FILE)
         notes = _code_notes(folder, config)
         names = list_shards(folder, notes, required=weights)
         checkpoint = cls(hub_cache.name_of(folder), folder, config, {}, notes)

@@ -119,6 +119,11 @@ FORMS: dict[str, Form] = {
         "NVFP4 (ModelOpt)",
         {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
     ),
+    "fp8-modelopt": Form(
+        fp8(0, 0, ".weight_scale"),
+        "FP8 (weight_scale)",
+        {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+    ),
     "gptq-4": Form(gptq(4, 32, less=1), "GPTQ", {**_GPTQ, "bits": 4, "group_size": 32}),
     "gptq-3-ordered": Form(
         gptq(3, 32, less=1, ordered=True), "GPTQ", {**_GPTQ, "bits": 3, "group_size": 32}

@@ -124,7 +124,7 @@ def test_a_config_alone_says_how_weights_are_packed(tmp_path: Path) -> None:
     block = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     facts = of_config({**PUBLISHED["qwen3_moe"], "quantization_config": block}, tmp_path)
     assert facts["quantisation"] == "FP8" and facts["stored"] is None
-    assert "none in this folder; config.json says FP8" in "\n".join(page(facts))
+    assert "none in this folder; the config says FP8" in "\n".join(page(facts))
     assert any("made for FP8 activations" in note for note in facts["notes"])
     with pytest.raises(MoescopeError, match="quant_method: expected one of"):
         of_config(

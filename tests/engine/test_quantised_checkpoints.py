@@ -16,6 +16,7 @@ from moescope.engine import load, quantised, torch_weights
 from moescope.engine.checkpoint import Checkpoint
 from moescope.engine.protocol import LoadRequest
 from moescope.engine.quantised import reading
+from moescope.errors import MoescopeError
 from tests.engine import packing
 from tests.engine.packed_forms import FORMS, Form, made
 from tests.engine.test_load import peak_and_weights
@@ -156,6 +157,38 @@ def test_mlx_checkpoints_with_paths_of_their_own(tmp_path: Path, listed: bool) -
     edit(folder, quantization=None, quantization_config=None)
     expected, _, _ = read(folder)
     assert all(torch.equal(found[target], tensor) for target, tensor in expected.items())
+
+
+def test_what_modelopt_says_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """Several algorithms in one checkpoint, of which config.json says nothing; if it does, it
+    counts alone."""
+    folder = tiny_checkpoint("qwen3_moe", tmp_path, **SHAPE)
+    plain = pack(folder, FORMS["nvfp4-modelopt"], "experts")
+    queries = pack(folder, FORMS["fp8-modelopt"], "q_proj.weight").items()
+    plain |= {name: tensor for name, tensor in queries if name.endswith("q_proj.weight")}
+    edit(folder, quantization_config=None)
+    layers = {
+        "model.layers.0.mlp.experts.0.up_proj": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
+        "model.layers.0.self_attn.q_proj": {"quant_algo": "FP8"},
+    }
+    said = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    beside = folder / "hf_quant_config.json"
+    beside.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": said}))
+    found, _, inspected = read(folder)
+    assert any("made for FP8 activations" in note for note in inspected.notes())
+    beside.write_text(json.dumps({"quantization": {**said, "quant_algo": "INT4_AWQ"}}))
+    with pytest.raises(
+        MoescopeError, match=r"hf_quant_config\.json: quantization\.quant_algo: exp"
+    ):
+        read(folder)
+    edit(folder, quantization_config={"quant_method": "modelopt", **said})
+    again, _, _ = read(folder)
+    save_file(plain, folder / "model.safetensors")
+    edit(folder, quantization_config=None)
+    beside.write_text('{"quantization": {"quant_algo": null, "kv_cache_quant_algo": "FP8"}}')
+    expected, _, _ = read(folder)
+    for target, tensor in expected.items():
+        assert torch.equal(found[target], tensor) and torch.equal(again[target], tensor), target
 
 
 def test_scales_that_are_not_finite_are_told(tmp_path: Path) -> None:

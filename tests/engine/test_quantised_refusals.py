@@ -84,8 +84,20 @@ def test_hostile_companions_are_refused_from_headers(name: str) -> None:
         ),
         ({"quant_method": "awq", "zero_point": False}, "zero_point: expected true, found false"),
         (
-            {"quant_method": "modelopt", "quant_algo": "FP8"},
-            "quant_algo: expected one of NVFP4, found",
+            {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
+            "quant_algo: expected one of NVFP4, W4A16_NVFP4, FP8, FP8_PER_CHANNEL_PER_TOKEN, MIXED",
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"},
+            "quantized_layers: expected an object of layers, found nothing",
+        ),
+        (
+            {
+                "quant_method": "modelopt",
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {"lm_head": {"quant_algo": "NVFP4", "group_size": 32}},
+            },
+            "quantized_layers.lm_head.group_size: expected 16, found 32",
         ),
         ({"quant_method": "compressed-tensors"}, "config_groups: expected an object of groups"),
         (

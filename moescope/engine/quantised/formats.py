@@ -114,7 +114,7 @@ FORMATS: dict[str, Format] = {
     "FP8 (weight_scale)": Format(
         "FP8",
         "E4M3 × scale",
-        "compressed-tensors (float-quantized), FP8 per tensor",
+        "compressed-tensors (float-quantized), ModelOpt, FP8 per tensor",
         {
             "scale": Role(".weight_scale", _FLOATS),
             "weight": Role(".weight", _E4M3),

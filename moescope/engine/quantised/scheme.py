@@ -9,6 +9,8 @@ from moescope.engine.config import Fields
 from moescope.engine.quantised.packed import Group, Packed
 
 Readings = Callable[[Group], Iterable[Packed]]
+# ModelOpt's own file beside config.json; a checkpoint's config has it under this name
+MODELOPT_FILE = "hf_quant_config.json"
 MOST = 1 << 20  # a group's columns, or a block's rows
 ACTIVATIONS = "made for {0} activations; here activations stay as they are, only weights are {0}"
 

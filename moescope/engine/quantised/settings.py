@@ -12,6 +12,7 @@ from moescope.engine.config import Fields
 from moescope.engine.quantised import compressed, floats, integers, mlx
 from moescope.engine.quantised.scheme import (
     ACTIVATIONS,
+    MODELOPT_FILE,
     MOST,
     Rule,
     Scheme,
@@ -29,7 +30,7 @@ KEYS = ("quantization_config", "quantization", "compression_config")
 def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
     """The scheme of a config, None where its weights are as they are. Raises MoescopeError naming
     key and value for whatever is not implemented."""
-    found = _block(config)
+    found = _block(config) or _beside(config)
     if found is None:
         return None
     if "quant_method" not in found.values and ("bits" in found.values or "mode" in found.values):
@@ -49,6 +50,20 @@ def _block(config: Mapping[str, Any]) -> Fields | None:
             if (found := holder.fields(key)) is not None and found.values:
                 return found
     return None
+
+
+def _beside(config: Mapping[str, Any]) -> Fields | None:
+    """What ModelOpt's own file says, where `config.json` says nothing."""
+    whole = Fields(config).fields(MODELOPT_FILE)
+    if whole is None:
+        return None
+    own = Fields(whole.values, MODELOPT_FILE)
+    block = own.fields("quantization")
+    if block is None:
+        raise own.error("quantization", "an object")
+    if not block.has("quant_algo"):
+        return None  # a cache of keys and values in fewer bits, if anything
+    return Fields({**block.values, "quant_method": "modelopt"}, block.file, block.prefix)
 
 
 # --- mlx ------------------------------------------------------------------------------------------
@@ -107,6 +122,13 @@ def _mxfp4(block: Fields) -> Scheme:
     return Scheme("MXFP4", (rule,), *names(block, "modules_to_not_convert"))
 
 
+_WEIGHT_SCALE = "FP8 (weight_scale)"
+
+
+def _fp8_rule(rows: int, columns: int, name: str = _WEIGHT_SCALE) -> Rule:
+    return Rule(name, partial(floats.fp8_readings, rows=rows, columns=columns))
+
+
 _FP8_KEYS = """
     weight_block_size activation_scheme fmt scale_fmt expert_dtype dequantize
     modules_to_not_convert modules_to_convert ignored_layers
@@ -124,9 +146,9 @@ def _fp8(block: Fields) -> Scheme:
     if sizes is not None and not all(1 <= size <= MOST for size in sizes):
         raise block.error("weight_block_size", "two positive integers")
     rules = [
-        Rule(name, partial(floats.fp8_readings, rows=rows, columns=columns))
+        _fp8_rule(rows, columns, name)
         for rows, columns in ([sizes] if sizes else [(1, 0), (0, 0)])
-        for name in ("FP8", "FP8 (weight_scale)")
+        for name in ("FP8", _WEIGHT_SCALE)
     ]
     plain, listed = names(block, "modules_to_not_convert", "ignored_layers")
     return Scheme("FP8", tuple(rules), plain, listed, (ACTIVATIONS.format("FP8"),))
@@ -191,18 +213,49 @@ def _awq(block: Fields) -> Scheme:
 
 _MODELOPT_KEYS = """
     quant_algo group_size exclude_modules ignore kv_cache_quant_algo kv_cache_scheme producer
-    config_groups
+    config_groups quantized_layers
 """
+_NVFP4 = Rule("NVFP4 (ModelOpt)", partial(floats.fp4_readings, size=16, whole=True))
+# algorithm -> (how its weights are packed, what activations it is made for)
+_MODELOPT: dict[str, tuple[Rule, str]] = {
+    "NVFP4": (_NVFP4, "NVFP4"),
+    "W4A16_NVFP4": (_NVFP4, ""),
+    "FP8": (_fp8_rule(0, 0), "FP8"),
+    "FP8_PER_CHANNEL_PER_TOKEN": (_fp8_rule(1, 0), "FP8"),
+}
+_MIXED = "MIXED_PRECISION"
 
 
 def _modelopt(block: Fields) -> Scheme:
+    """One algorithm, or one for each of the layers it lists; which have which is told by their
+    shapes and dtypes."""
     expect_known(block, _MODELOPT_KEYS)
-    block.str("quant_algo", ("NVFP4",))
-    if group_size(block, default=16) != 16:
+    algorithm = block.str("quant_algo", (*_MODELOPT, _MIXED))
+    found = {algorithm: None}
+    if algorithm == _MIXED:
+        layers = block.fields("quantized_layers")
+        if layers is None or not layers.values:
+            raise block.error("quantized_layers", "an object of layers")
+        found = dict.fromkeys(_modelopt_layer(layers, path) for path in layers.values)
+    elif group_size(block, default=16) != 16:
         raise block.error("group_size", "16")
-    rule = Rule("NVFP4 (ModelOpt)", partial(floats.fp4_readings, size=16, whole=True))
+    chosen = [_MODELOPT[name] for name in found if name]
     plain, listed = names(block, "exclude_modules", "ignore")
-    return Scheme("ModelOpt", (rule,), plain, listed, (ACTIVATIONS.format("NVFP4"),))
+    notes = dict.fromkeys(ACTIVATIONS.format(kind) for _, kind in chosen if kind)
+    rules = dict.fromkeys(rule for rule, _ in chosen)
+    return Scheme("ModelOpt", tuple(rules), plain, listed, tuple(notes))
+
+
+def _modelopt_layer(layers: Fields, path: str) -> str:
+    """The algorithm of one layer of a mixed checkpoint; nothing where it is as it is."""
+    inner = layers.fields(path)
+    if inner is None:
+        raise layers.error(path, "an object")
+    expect_known(inner, "quant_algo group_size")
+    found = inner.str("quant_algo", (*_MODELOPT, "UNQUANTIZED"))
+    if _MODELOPT.get(found, (None,))[0] is _NVFP4 and group_size(inner, default=16) != 16:
+        raise inner.error("group_size", "16")
+    return found if found in _MODELOPT else ""
 
 
 METHODS: dict[str, Callable[[Fields], Scheme]] = {
