@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from moescope.commands import options
+from moescope.errors import MoescopeError
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 
@@ -16,6 +17,12 @@ SQLITE_MAGIC = b"SQLite format 3\0"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "moescope [PATH] [options]"
     options.add_model(parser, optional=True)
+    parser.add_argument(
+        "--beside",
+        metavar="MODEL2",
+        default="",
+        help="another checkpoint with the same routers, lane for lane beside PATH",
+    )
     parser.add_argument("--prompt", metavar="T", default="", help="begin with this prompt")
     options.add_sampling(parser)
     parser.set_defaults(max_new_tokens=256)
@@ -26,6 +33,11 @@ def run(args: argparse.Namespace) -> int:
     from moescope.ui.app import run as run_app
 
     if args.model is not None and _is_trace(Path(args.model)):
+        if args.beside:
+            raise MoescopeError(
+                "--beside: expected a checkpoint in PATH, found a trace",
+                hint="moescope replay FILE --model MODEL names the router of a trace",
+            )
         return run_app(None, replay=Path(args.model))
     request = options.request_of(
         args,

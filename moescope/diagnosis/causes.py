@@ -20,6 +20,8 @@ from moescope.trace.frames import Frame
 from moescope.variants import parse
 from moescope.variants.steering import split
 
+__all__ = ["CAUSES", "TITLES", "UNKNOWN", "Flip", "FlipsJudge", "LogitsJudge", "on_logits"]
+
 CAUSES = ("gate", "input", "either", "together")
 TITLES = {
     "gate": "gate arithmetic",

@@ -50,6 +50,8 @@ def beside(first: Any, second: Any) -> TwoModels:
     contexts = [model.facts.get("context") for model in (first, second)]
     known = [context for context in contexts if context]
     facts = {**first.facts, "beside": single_line(name, 80), "context": min(known, default=None)}
+    for size in ("weights_bytes", "cache_bytes"):
+        facts[size] = sum(int(model.facts.get(size) or 0) for model in (first, second))
     facts["router_twin"] = ""
     own = f"{single_line(name, 80)}: "
     notes = [own + note for note in second.facts.get("notes", ())]

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from moescope.demo import CHECKPOINT
 from moescope.engine.config import bad
 from moescope.engine.files import names_in, read_member, resolve_folder
 from moescope.safety import single_line
@@ -59,7 +60,10 @@ def find(name: str, cache: Path | None = None) -> Path:
 
 
 def name_of(folder: Path) -> str:
-    """What to call the model in `folder`: `org/name` in a cache, else the folder's own name."""
+    """What to call the model in `folder`: `org/name` in a cache, `demo` for the embedded one, else
+    the folder's own name."""
+    if folder == CHECKPOINT:
+        return "demo"
     if folder.parent.name == "snapshots" and (
         match := _SNAPSHOT.fullmatch(folder.parent.parent.name)
     ):

@@ -115,7 +115,7 @@ def open_path(starter: Any, like: LoadRequest | None, path: Path) -> Watch:
         return open_watch(None, path, starter)
     from dataclasses import replace
 
-    request = replace(like or LoadRequest(model=""), model=str(path), trace_path=None)
+    request = replace(like or LoadRequest(model=""), model=str(path), beside="", trace_path=None)
     return open_watch(request, None, starter)
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moescope.diagnosis.causes import LogitsJudge
+from moescope.diagnosis.gate_rows import GateRows
 from moescope.errors import MoescopeError
 from moescope.kernels.spec import RouterSpec
-from moescope.safety import printable
 from moescope.trace.frames import Frame
 from moescope.ui import routers, view
 from moescope.ui.compare_view import Pair
@@ -49,6 +49,17 @@ class LayersData:
 
 
 @dataclass(frozen=True, slots=True)
+class GateData:
+    """Rows of the right lane's gate by the flips they turned: (`L00 E004`, flips, largest
+    difference of its logit). `why` stands there where there are none."""
+
+    title: str
+    note: str
+    rows: tuple[tuple[str, int, float], ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class LaneItem:
     """One lane on the bar; `found` says how it stands to the first: `63 % ≠@10`."""
 
@@ -71,8 +82,9 @@ def layers_data(
 ) -> LayersData:
     """Every router at `row`. `whys`: causes of this token's flips by router."""
     table, comparison = pair.table, pair.comparison
-    made = tuple(as_generated(table, lane, row) for lane in (pair.a, pair.b))
-    wrong = tuple(sums_wrong(table, decision) for decision in made)
+    lanes = tuple(zip(pair.tables, (pair.a, pair.b), strict=True))
+    made = tuple(as_generated(its, lane, row) for its, lane in lanes)
+    wrong = tuple(sums_wrong(its, one) for its, one in zip(pair.tables, made, strict=True))
     close = near_ties(made[0])
     rows = []
     for router in range(table.count):
@@ -100,13 +112,33 @@ def layers_data(
     return LayersData(title, note, (left, right), tuple(rows), cursor)
 
 
+def gate_data(pair: Pair, found: GateRows | None, fed_alike: bool) -> GateData:
+    """The rows of B's gate to keep in higher precision; `found` None: nothing was told."""
+    right = pair.letters[1]
+    title = f"gate of {right} · rows to keep in higher precision"
+    if found is None or not found.flips:
+        unfed = "gates are crossed where both are fed the same tokens: t"
+        return GateData(title, "", (), "no flip comes from the gate" if fed_alike else unfed)
+    rows = tuple(
+        (f"L{row.layer:02d} E{row.expert:03d}", row.flips, row.error) for row in found.rows
+    )
+    note = f"{found.flips} flips" + (f", {found.shared} by several rows" if found.shared else "")
+    return GateData(title, note, rows, "every flip took several rows at once")
+
+
 def _known(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
 def causes_at(table: RouterTable, history: History, a: Lane, b: Lane, row: int) -> dict[int, str]:
     """Why routers chose otherwise for one token that both lanes read alike, by router. Empty where
-    logits were not recorded, texts have parted, or a variant is not known here."""
+    logits were not recorded, texts have parted, or a variant is not known here. Between gates that
+    differ only the run could tell."""
+    told = history.flips.causes(b.sequence, b.lane, int(b.position[row]))
+    if told is not None and a.lane == 0:
+        return {router: why for router, why in told.items() if why}
+    if a.model != b.model:
+        return {}
     if (a.token_id[: row + 1] != b.token_id[: row + 1]).any():
         return {}
     left, right = (_with_logits(history, lane, row) for lane in (a, b))
@@ -133,20 +165,17 @@ def _specs(table: RouterTable, expression: str) -> Sequence[RouterSpec]:
 
 
 def lanes_data(
-    history: History,
-    table: RouterTable,
-    expressions: Mapping[int, str],
+    expressions: Mapping[int, tuple[RouterTable, str]],
     pairs: Mapping[int, Pair],
     shown: tuple[int, int],
     mode: str,
 ) -> LanesData:
-    """All lanes by number. `pairs` holds the comparison of each with the first."""
+    """All lanes by number, each with the routers of its model and its expression. `pairs` holds the
+    comparison of each with the first."""
     items = []
-    models = history.meta.models
-    for number, expression in sorted(expressions.items()):
+    for number, (table, expression) in sorted(expressions.items()):
         title = expression if expression == TRAINED else view.title_of(table, expression)
-        if len(models) > 1 and number < len(models):
-            title = f"{printable(str(models[number].get('name', '')), 30)} {title}"
+        title = f"{table.model} {title}" if table.model else title
         items.append(
             LaneItem(
                 letter=view.LETTERS[number % len(view.LETTERS)],

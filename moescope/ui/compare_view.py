@@ -31,7 +31,10 @@ BLOCK = 256  # tokens compared in one call: some milliseconds
 class Pair:
     """Two lanes and what their comparison has found so far; fed as they grow."""
 
-    def __init__(self, table: RouterTable, a: Lane, b: Lane) -> None:
+    def __init__(
+        self, table: RouterTable, a: Lane, b: Lane, other: RouterTable | None = None
+    ) -> None:
+        self.tables = table, other or table  # B's too, where it is of another model
         self.table, self.a, self.b = table, a, b
         self.letters = tuple(view.LETTERS[lane.lane % len(view.LETTERS)] for lane in (a, b))
         self.rows = 0  # compared
@@ -43,7 +46,7 @@ class Pair:
         """Compare what both lanes have by now, at most so many tokens; True when there was more."""
         stop = min(self.a.count, self.b.count)
         if stop < self.rows:  # a lane was cut: begin anew
-            self.__init__(self.table, self.a, self.b)  # type: ignore[misc]
+            self.__init__(self.table, self.a, self.b, self.tables[1])  # type: ignore[misc]
         stop = min(stop, self.rows + most)
         if stop == self.rows:
             return False
@@ -106,23 +109,24 @@ def difference_map(
         one = a if mode == "left" else b
         counts, marks = one.sum(axis=0), one[-1].astype(int) * (1 if mode == "left" else 2)
     differ = (now_a & ~now_b).sum(axis=1)
-    shown = pair.b if mode == "right" else pair.a
+    shown, its = (pair.b, pair.tables[1]) if mode == "right" else (pair.a, table)
     return MapData(
         levels=view.load_levels(counts, row + 1 - start, table),
         marks=marks.astype(np.uint8),
         num_experts=table.num_experts,
         gutter=table.labels,
         score_sum=shown.score_sum[row],
-        sum_wrong=sums_wrong(table, as_generated(table, shown, row)),
+        sum_wrong=sums_wrong(its, as_generated(its, shown, row)),
         cursor=(cursor.router, cursor.expert),
         right=tuple(f"{n}/{k}" for n, k in zip(differ, now_a.sum(axis=1), strict=True)),
         title=TITLES[mode].format(*pair.letters),
     )
 
 
-def agreement(pair: Pair, row: int, why: str = "") -> AgreementData:
+def agreement(pair: Pair, row: int, why: str = "", mode: str = "") -> AgreementData:
     """The numbers beside the map: this token, and all tokens both lanes read alike. `why` is the
-    cause of the first divergence, where it is known."""
+    cause of the first divergence, where it is known; `mode` how the lanes are fed, else what the
+    pair itself tells."""
     comparison = pair.comparison
     now = decisions(rows_of(pair.a, row, row + 1), rows_of(pair.b, row, row + 1))
     count = max(1, int(now["tokens"].sum()))
@@ -151,7 +155,7 @@ def agreement(pair: Pair, row: int, why: str = "") -> AgreementData:
     later = comparison.compounded.all
     if later.tokens:
         rows.append(AgreementRow("overlap after the split", "", _times(later, k)))
-    kind = FED_ALIKE if pair.fed_alike else FREE
+    kind = mode or (FED_ALIKE if pair.fed_alike else FREE)
     return AgreementData(f"agreement · {kind}", tuple(rows), verdict(comparison, why))
 
 
@@ -186,7 +190,7 @@ def divergence(pair: Pair, row: int) -> PlotData:
         title = f"KL({left}‖{right}) over tokens, nats"
         return PlotData(title, positions, (("KL", kl.copy()),), cursor=at)
     title = "share of experts that differ, over tokens"
-    return PlotData(title, positions, (("differ", pair.differs),), cursor=at)
+    return PlotData(title, positions, (("differ", pair.differs),), cursor=at, bounds=(0.0, 1.0))
 
 
 def differing(a: Lane, b: Lane, start: int, stop: int) -> NDArray[np.float32]:

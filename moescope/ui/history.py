@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.trace.frames import Frame, TraceEvent, TraceMeta
+from moescope.trace.metadata import router_groups
+from moescope.ui.flips import Flips
 
 LOGITS_BYTES = 48 << 20  # of router logits kept in memory
 
@@ -45,6 +47,7 @@ class Lane:
         self.variants: list[str] = []
         self.alternatives: list[tuple[tuple[int, float], ...]] = []
         self.first_use: list[int] = []  # (router, expert) pairs first used at each row
+        self.model = 0  # of two models in one trace, which
         self._seen: set[int] = set()
         self._columns: dict[str, NDArray[Any]] = {}
         self._grow(256)
@@ -249,9 +252,12 @@ class History:
         self.forks: dict[
             tuple[int, int], tuple[int, int]
         ] = {}  # (sequence, lane) -> (of, position)
+        self.models: dict[int, int] = {}  # lane -> which of two models it is of, the first left out
+        first = next(iter(router_groups(meta)), ())
+        experts = max((router.num_experts for router in meta.routers), default=1)
+        self.flips = Flips([router.layer for router in first], experts)
         self._events_seen = 0
         self._logits: OrderedDict[tuple[int, int, int], NDArray[np.float32]] = OrderedDict()
-        experts = max((router.num_experts for router in meta.routers), default=1)
         self._keep = max(64, LOGITS_BYTES // max(1, 4 * experts * len(meta.routers)))
 
     def lane(self, lane: int, sequence: int | None = None) -> Lane | None:
@@ -292,6 +298,7 @@ class History:
         if lane is None:
             lane = Lane(*key, frame.expert_ids.shape[0], frame.expert_ids.shape[1])
             self.lanes[key] = lane
+            lane.model = self.models.get(frame.lane, 0)
             fork = self.forks.get(key)
             parent = self.lanes.get((frame.sequence, fork[0])) if fork else None
             if fork is not None and parent is not None:
@@ -306,6 +313,10 @@ class History:
     def forked(self, sequence: int, lane: int, of: int, position: int) -> None:
         """Lane `lane` shares the tokens of lane `of` before `position`."""
         self.forks[(sequence, lane)] = (of, position)
+
+    def placed(self, lane: int, model: Any) -> None:
+        """From now on lane `lane` is of `model`; a number that none has is the first's."""
+        self.models[lane] = int(model == 1 and len(self.meta.models) > 1)
 
     def logits(self, lane: Lane, row: int) -> NDArray[np.float32] | None:
         """Router logits [L, E] of one token, or None where they were not recorded."""
@@ -336,7 +347,11 @@ class History:
         while self._events_seen < len(placed) and placed[self._events_seen][1] <= self.read:
             event = placed[self._events_seen][0]
             self._events_seen += 1
-            if event.kind == "fork":
+            if event.kind in ("variant", "fork"):
+                self.placed(event.lane, event.data.get("model", 0))
+            if event.kind == "flips":
+                self.flips.take(event)
+            elif event.kind == "fork":
                 sequence = int(event.data.get("sequence", self.sequence))
                 self.forked(sequence, event.lane, int(event.data.get("fork_of", 0)), event.position)
             elif event.kind == "pieces":

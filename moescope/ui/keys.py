@@ -132,6 +132,7 @@ COMPARE = (
     Key("other", "w", "other", "Other lane", "Which lane stands on the right."),
     Key("add_lane", "plus", "add_lane", "Add lane", "A lane under any expression.", shown="+"),
     Key("follow", "f", "follow", "Follow", "Stay at the newest token."),
+    Key("prompt", "i", "prompt", "Prompt", "A prompt for all lanes."),
     Key("rerun", "r", "rerun", "Rerun", "All lanes, the same prompt."),
     Key("stop", "ctrl+c", "stop", "Stop generating"),
     Key("leave", "q,escape,c", "leave", "Main screen", "", True, "esc"),

@@ -39,7 +39,7 @@ class Looking:
 
     @property
     def table(self) -> RouterTable | None:
-        return self.watch.table
+        return self.watch.table_for(self.lane)
 
     @property
     def lane(self) -> Lane | None:

@@ -73,6 +73,7 @@ class PlotData:
     series: tuple[tuple[str, NDArray[np.float32]], ...]  # (label, values)
     guide: float | None = None  # a horizontal line, e.g. the sum the spec demands
     cursor: int | None = None  # x under the cursor
+    bounds: tuple[float, float] | None = None  # what no value can be beyond
 
 
 @dataclass(frozen=True, slots=True)

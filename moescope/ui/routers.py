@@ -40,6 +40,7 @@ class RouterTable:
     allowed: tuple[float | tuple[float, float] | None, ...]  # what the sums may be, as trained
     tensors: dict[int, dict[str, NDArray[np.float32]]]
     dtype: str
+    model: str = ""  # its name, where a trace holds several
     respecs: dict[str, tuple[RouterSpec, ...]] = field(default_factory=dict)
 
     @property
@@ -67,11 +68,23 @@ class Decision:
     basis: str  # "as generated" or "on the same logits: <variant>"
 
 
-def table_of(meta: TraceMeta) -> RouterTable:
-    """Read the specs of a trace's routers (of two models, the first's, whose routers correspond);
-    raises MoescopeError where they mean nothing."""
-    routers = next(iter(router_groups(meta)), ())
-    dtype = str(meta.engine.get("dtype", "float32"))
+def tables_of(meta: TraceMeta) -> tuple[RouterTable, ...]:
+    """The routers of every model of a trace. One whose routers do not correspond to the first's is
+    read as the first. Raises MoescopeError where specs mean nothing."""
+    groups = list(router_groups(meta))
+    shapes = [[(router.layer, router.num_experts) for router in group] for group in groups]
+    return tuple(
+        table_of(meta, which if shape == shapes[0] else 0) for which, shape in enumerate(shapes)
+    ) or (table_of(meta),)
+
+
+def table_of(meta: TraceMeta, which: int = 0) -> RouterTable:
+    """Read the specs of the routers of one model of a trace; raises MoescopeError where they mean
+    nothing."""
+    groups = list(router_groups(meta)) or [()]
+    routers, before = groups[which], sum(len(group) for group in groups[:which])
+    engine: Any = meta.engine if which == 0 else meta.engine.get("second")
+    dtype = str(engine.get("dtype", "float32")) if isinstance(engine, dict) else "float32"
     dtype = dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
     try:
         specs = tuple(RouterSpec.from_json(r.spec).resolved(dtype) for r in routers)
@@ -84,9 +97,19 @@ def table_of(meta: TraceMeta) -> RouterTable:
         num_experts=np.array([r.num_experts for r in routers], np.int16),
         top_k=np.array([r.num_experts_per_tok for r in routers], np.int16),
         allowed=tuple(spec.allowed_score_sum() for spec in specs),
-        tensors=meta.router_tensors,
+        tensors={
+            at - before: tensors
+            for at, tensors in meta.router_tensors.items()
+            if before <= at < before + len(routers)
+        },
         dtype=dtype,
+        model=_name_of(meta, which) if len(groups) > 1 else "",
     )
+
+
+def _name_of(meta: TraceMeta, which: int) -> str:
+    models = meta.models
+    return printable(str(models[which].get("name", "")), 30) if which < len(models) else ""
 
 
 def as_generated(table: RouterTable, lane: Lane, row: int) -> Decision:

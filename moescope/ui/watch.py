@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 from moescope.engine import protocol as p
 from moescope.errors import ExitCode, MoescopeError
 from moescope.trace.frames import PREFILL, TraceMeta
-from moescope.ui.history import History, Source
+from moescope.ui.history import History, Lane, Source
 from moescope.ui.panels import LoadingData
-from moescope.ui.routers import TRAINED, RouterTable, bar_variants, table_of
+from moescope.ui.routers import TRAINED, RouterTable, bar_variants, tables_of
 
 PULL = 256  # frames taken from the trace in one call
 ASK_ABOVE = 50  # tokens of an unsaved trace that are worth a question
@@ -45,6 +45,7 @@ class Watch:
         self.failed: p.Failed | None = None
         self.facts: dict[str, Any] = {}
         self.table: RouterTable | None = None
+        self.tables: tuple[RouterTable, ...] = ()  # of every model, `table` the first
         self.history: History | None = None
         self.variants: tuple[str, ...] = (TRAINED,)
         self.lanes: dict[int, str] = {0: TRAINED}
@@ -87,6 +88,8 @@ class Watch:
         self.facts = event.facts
         if not self.demo:  # its folder has no telling name
             self.name = str(event.facts.get("name", self.name))
+        if event.facts.get("beside"):
+            self.name = f"{self.name} beside {event.facts['beside']}"
         self.chat = bool(event.facts.get("has_chat_template"))
         self.trace_path = Path(event.trace_path) if event.trace_path else None
         source = self._open_trace(self.trace_path) if self.trace_path else None
@@ -97,7 +100,8 @@ class Watch:
 
     def begin(self, meta: TraceMeta, source: Source | None) -> None:
         """Start a history of `meta`'s routers, read from `source`."""
-        self.table = table_of(meta)
+        self.tables = tables_of(meta)
+        self.table = self.tables[0]
         self.history = History(meta, source)
         self.variants = bar_variants(self.table)
         self.history.pull(PULL)
@@ -128,6 +132,8 @@ class Watch:
         self.lanes[event.lane] = event.expression
         if event.expression not in self.variants and len(self.variants) < p.MAX_LANES:
             self.variants = (*self.variants, event.expression)
+        if self.history is not None:
+            self.history.placed(event.lane, event.model)
         if event.fork_of is not None and self.history is not None:
             self.history.forked(self.history.sequence, event.lane, event.fork_of, event.position)
 
@@ -155,6 +161,12 @@ class Watch:
         p.Note: _on_note,
         p.Failed: _on_failed,
     }
+
+    def table_for(self, lane: Lane | None) -> RouterTable | None:
+        """The routers of the model that a lane is of."""
+        if lane is None or lane.model >= len(self.tables):
+            return self.table
+        return self.tables[lane.model]
 
     # --- asking
 

@@ -9,19 +9,23 @@ import pytest
 from textual.widgets import Input, Static
 
 from moescope.engine import protocol as p
+from moescope.engine.link import Scripted
+from moescope.trace.frames import TraceEvent
 from moescope.trace.memory import MemoryTrace
 from moescope.ui import compare_layers, compare_view, routers
 from moescope.ui.compare_layers import LaneItem, LanesData
 from moescope.ui.compare_view import Pair
+from moescope.ui.flips import Flips
 from moescope.ui.history import History
 from moescope.ui.screens.compare import CompareScreen
 from moescope.ui.view import Cursor
+from moescope.ui.watch import Watch
 from moescope.ui.widgets.agreement_panel import AgreementPanel
-from moescope.ui.widgets.compare_panels import LanesBar, LayersPanel, entries, fitting
+from moescope.ui.widgets.compare_panels import GatePanel, LanesBar, LayersPanel, entries, fitting
 from moescope.ui.widgets.expert_map import ExpertMap
 from moescope.ui.widgets.score_plot import ScorePlot
 from moescope.ui.widgets.transcript import Transcript
-from tests.ui.piloted import replaying, running, text_of, wait_for
+from tests.ui.piloted import FACTS, Engine, replaying, running, text_of, wait_for
 from tests.ui.recorded import STORY, frames_of, meta_of
 
 PART = 30
@@ -237,18 +241,115 @@ async def test_same_tokens_is_a_toggle_that_is_labelled():
         assert p.SameTokens(False) in engine.sent and not engine.watch.same_tokens
 
 
-async def test_a_recording_of_two_models_names_both():
-    trace = flipping()
+def of_two_models(flips: bool = True) -> MemoryTrace:
+    """Lane 1 is of the second model. Its gate turned router 2 at token 20, by the row of expert 7,
+    and router 3 at token 21, by several rows at once; its input did at token 22."""
+    trace, held = MemoryTrace(meta_of()), flipping()
     meta = trace.meta
     second = tuple(replace(router, model=1) for router in meta.routers)
-    trace.meta = replace(
-        meta, models=({"name": "base"}, {"name": "int4"}), routers=(*meta.routers, *second)
-    )
-    async with replaying(trace) as (main, pilot):
+    models = ({"name": "base"}, {"name": "int4"})
+    trace.meta = replace(meta, models=models, routers=(*meta.routers, *second))
+    trace.event(TraceEvent("variant", {"sequence": 0, "expression": "trained", "model": 1}, 1))
+    found = {20: [2, "gate", [[7, 0.25]]], 21: [3, "gate", []], 22: [2, "input", None]}
+    for at in range(held.count):
+        frame = held.frame(at)
+        if frame.lane < 2:
+            trace.append(frame)
+        if flips and frame.lane == 1 and frame.position in found:
+            data = {"sequence": 0, "against": 0, "flips": [found[frame.position]]}
+            trace.event(TraceEvent("flips", data, 1, frame.position))
+    return trace
+
+
+async def test_a_recording_of_two_models_names_both():
+    async with replaying(of_two_models()) as (main, pilot):
         await pilot.press("c")
-        items = main.app.screen.query_one(LanesBar).data.items
+        screen = main.app.screen
+        items = screen.query_one(LanesBar).data.items
         assert items[0].title == "base trained" and items[1].title.startswith("int4 ")
-        assert main.app.screen.query_one(ExpertMap).data.levels.shape == (6, 16)
+        assert screen.query_one(ExpertMap).data.levels.shape == (6, 16)
+        assert "int4 · " in screen.query_one("#text-b", Transcript).data.title
+
+
+async def test_two_models_say_why_and_which_rows_of_the_gate():
+    async with replaying(of_two_models(), row=20) as (main, pilot):
+        await pilot.press("c", "d")
+        screen = main.app.screen
+        whys = [row.why for row in screen.query_one(LayersPanel).data.rows]
+        assert whys == ["", "", "gate", "", "", ""]
+        while screen.view != "gate":
+            await pilot.press("d")
+        panel = screen.query_one(GatePanel)
+        assert panel.data.rows == (("L02 E007", 1, 0.25),) and "2 flips" in panel.data.note
+        assert "1 by several" in panel.data.note and "L02 E007" in text_of(panel)
+        await pilot.press("x")  # what turned A's choice against B was not told
+        assert panel.data.rows == () and "gate of A" in panel.data.title
+        while screen.view != "layers":
+            await pilot.press("d")
+        assert not any(row.why for row in screen.query_one(LayersPanel).data.rows)
+
+
+async def test_gates_of_two_models_are_not_judged_by_logits():
+    async with replaying(of_two_models(flips=False), row=20) as (main, pilot):
+        await pilot.press("c", "d")
+        screen = main.app.screen
+        assert any(row.differ for row in screen.query_one(LayersPanel).data.rows)
+        assert not any(row.why for row in screen.query_one(LayersPanel).data.rows)
+        while screen.view != "gate":
+            await pilot.press("d")
+        assert screen.query_one(GatePanel).data.rows == ()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"flips": [[0, "gate", [[1, 0.5]]]]},
+        {"sequence": "0", "flips": []},
+        {"sequence": 0, "flips": [[0, "gate", [[1, 0.5]]]] * 7},
+        {"sequence": 0, "flips": {"0": "gate"}},
+    ],
+)
+def test_flips_that_mean_nothing_are_passed_over(data):
+    flips = Flips([0, 1], 4)
+    flips.take(TraceEvent("flips", data, 1, 3))
+    assert flips.causes(0, 1, 3) is None and flips.rows(0, 1) is None
+
+
+@pytest.mark.parametrize(
+    "item",
+    [7, [], [9, "gate", None], [0, "magic", None], [True, "gate", None], [0, "gate", [[4, 0.5]]]]
+    + [[0, "gate", rows] for rows in ([1], [[1]], [["1", 0.5]], [[1, float("nan")]], "row")],
+)
+def test_one_flip_that_means_nothing_spoils_no_other(item):
+    flips = Flips([0, 1], 4)
+    told = {"sequence": 0, "flips": [item, [1, "input", None]]}
+    flips.take(TraceEvent("flips", told, 1, 3))
+    assert flips.causes(0, 1, 3) == {1: "input"} and flips.rows(0, 1).flips == 0
+
+
+async def test_two_checkpoints_open_side_by_side_on_the_same_tokens():
+    engine = Engine()
+    meta = of_two_models().meta
+    engine.meta = meta
+    engine.link = Scripted([p.Loaded({**FACTS, "beside": "int4"}, meta, None)])
+    engine.watch = Watch(engine.link, "base")
+    async with running(engine) as (engine, main, pilot):
+        screen = main.app.screen
+        assert isinstance(screen, CompareScreen)
+        assert engine.sent == [p.SameTokens(True), p.AddLane("trained", model=1)]
+        text = screen.query_one("#text-a", Transcript)
+        await wait_for(pilot, lambda: text.data is not None)
+        assert "press i" in text.data.title
+        engine.link.push(p.LaneChanged(1, "trained", 0, model=1))
+        await wait_for(pilot, lambda: len(screen.numbers()) == 2)
+        titles = [item.title for item in screen.query_one(LanesBar).data.items]
+        assert titles == ["base trained", "int4 trained"]
+        await pilot.press("i", *"once", "enter")
+        assert engine.sent[-1].messages == (("user", "once"),)
+        await pilot.press("x", "plus")
+        assert "a lane of int4" in str(main.app.screen.query_one(".title").render())
+        await pilot.press(*"logits_bf16", "enter")
+        assert engine.sent[-2] == p.AddLane("logits_bf16", model=1)
 
 
 async def test_one_recorded_lane_cannot_be_compared():

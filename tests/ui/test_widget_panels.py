@@ -356,6 +356,15 @@ def test_axes_have_round_ends() -> None:
     assert limits([np.array([0.41, 0.77], np.float32)], 1.0) == pytest.approx((0.4, 1.0))
 
 
+async def test_an_axis_ends_where_no_value_can_be() -> None:
+    shares = np.array([0.0, 0.3, 1.0, 0.2], np.float32)
+    data = PlotData("share", np.arange(4), (("differ", shares),))
+    assert (await shown(ScorePlot, data, (60, 8)))[0].startswith("1.20")
+    bound = replace(data, bounds=(0.0, 1.0))
+    rows = await shown(ScorePlot, bound, (60, 8))
+    assert rows[0].startswith("1.00") and "⠁" <= max(rows[0]) <= "⣿"
+
+
 def test_thinning_keeps_extremes() -> None:
     values = np.zeros(4000, np.float32)
     values[1234] = 9.0

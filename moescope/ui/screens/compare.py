@@ -17,14 +17,15 @@ from textual.widgets import Footer
 from moescope.engine import protocol as p
 from moescope.ui import compare_layers, compare_view, keys, view
 from moescope.ui.cells import Cells
+from moescope.ui.compare_room import ALL, TEXT_ROWS, Room, room_for
 from moescope.ui.compare_view import FED_ALIKE, FREE, Pair
 from moescope.ui.history import Lane
 from moescope.ui.panels import TranscriptData
-from moescope.ui.routers import TRAINED
+from moescope.ui.routers import TRAINED, RouterTable
 from moescope.ui.screens.dialogs import AskScreen
 from moescope.ui.text import gap
 from moescope.ui.widgets.agreement_panel import AgreementPanel
-from moescope.ui.widgets.compare_panels import LanesBar, LayersPanel
+from moescope.ui.widgets.compare_panels import GatePanel, LanesBar, LayersPanel
 from moescope.ui.widgets.expert_map import ExpertMap
 from moescope.ui.widgets.score_plot import ScorePlot
 from moescope.ui.widgets.status_line import StatusLine
@@ -34,19 +35,8 @@ if TYPE_CHECKING:
     from moescope.ui.screens.main import MainScreen
 
 EMPTY = TranscriptData((), None, True, 0, "waiting for its first token")
-NARROW, WIDE = 104, 150  # columns from which two, and three panels stand beside each other
-LOW = 30  # rows below which texts and one panel are all there is
-PLOT_FROM = 36  # rows of a terminal that has room for the plot
-BETWEEN_ROWS = 16
-TEXT_ROWS = 8  # of the texts where there is little room
+UNASKED = TranscriptData((), None, True, 0, "press i to type a prompt for all lanes")
 ASIDE = 64  # tokens of a lane that is not shown, compared in one beat
-# by the room there is: what `d` goes through, and what stands there always
-VIEWS = {
-    "column": (("agreement", "layers", "xor", "left", "right"), ()),
-    "two": (("xor", "layers", "left", "right"), ("agreement",)),
-    "wide": (("xor", "left", "right"), ("layers", "agreement")),
-}
-PANELS = {"xor": "map", "left": "map", "right": "map"}  # view -> the panel that shows it
 
 
 class CompareScreen(Screen[None]):
@@ -61,7 +51,7 @@ class CompareScreen(Screen[None]):
         self.main = main
         self.subject, self.look = main.subject, main.look
         self.shown = (0, 1)
-        self.view = ""  # of VIEWS; the first there is room for
+        self.view = ""  # of the room's; the first there is room for
         self.pairs: dict[tuple[int, int], Pair] = {}
         self._whys: dict[tuple[object, int], dict[int, str]] = {}
         self._cells = (Cells(), Cells())
@@ -78,6 +68,7 @@ class CompareScreen(Screen[None]):
         with Horizontal(id="between"):
             yield ExpertMap(id="map")
             yield LayersPanel(id="layers")
+            yield GatePanel(id="gate")
             yield AgreementPanel(id="agreement")
         yield ScorePlot(id="divergence")
         yield Footer()
@@ -95,31 +86,26 @@ class CompareScreen(Screen[None]):
         self._drawn = None
 
     @property
-    def room(self) -> str:
-        """`column`, `two` or `wide`."""
-        if self.size.width < NARROW or self.size.height < LOW:
-            return "column"
-        return "wide" if self.size.width >= WIDE else "two"
+    def room(self) -> Room:
+        table = self.subject.table
+        routers = table.count if table is not None else 0
+        return room_for(self.size.width, self.size.height, routers, len(self.subject.tables) > 1)
 
     def place(self) -> None:
         """Give panels their room: those of this view, and those that always stand here."""
-        views, always = VIEWS[self.room]
-        if self.view not in views:
-            self.view = views[0]
-        shown = {PANELS.get(self.view, self.view), *always}
-        for name in ("map", "layers", "agreement"):
+        room = self.room
+        if self.view not in room.views:
+            self.view = room.views[0]
+        shown = room.panels(self.view)
+        for name in ALL:
             self.query_one(f"#{name}").display = name in shown
-        height = self.size.height
-        self.set_class(self.room == "column", "-column")
-        column, plot = self.room == "column", height >= PLOT_FROM and self.room != "column"
-        self.query_one("#divergence").display = plot
-        layers = self.subject.table.count if self.subject.table is not None else 0
-        between = min(max(BETWEEN_ROWS, layers + 3), (height - 3) // 2)
-        self.query_one("#between").styles.height = "1fr" if column else between
-        self.query_one("#lanes").styles.height = TEXT_ROWS if column else "2fr"
+        self.set_class(room.column, "-column")
+        self.query_one("#divergence").display = room.plot
+        self.query_one("#between").styles.height = "1fr" if room.column else room.between
+        self.query_one("#lanes").styles.height = TEXT_ROWS if room.column else "2fr"
         footer = self.query_one(Footer)
-        footer.compact = column
-        footer.show_command_palette = not column
+        footer.compact = room.column
+        footer.show_command_palette = not room.column
 
     def tick(self) -> None:
         self.main.news()
@@ -137,17 +123,26 @@ class CompareScreen(Screen[None]):
         history = self.subject.history
         return history.lane(number) if history is not None else None
 
+    def table_of(self, number: int) -> RouterTable:
+        """The routers of a lane's model, also of a lane that holds nothing yet."""
+        history, tables = self.subject.history, self.subject.tables
+        lane = self.lane(number)
+        placed = 0 if history is None else history.models.get(number, 0)
+        return tables[min(placed if lane is None else lane.model, len(tables) - 1)]
+
     def lanes(self) -> tuple[Lane | None, Lane | None]:
         return self.lane(self.shown[0]), self.lane(self.shown[1])
 
     def pair_of(self, a: int, b: int) -> Pair | None:
         """The comparison of two lanes, begun where there is none; None while one is empty."""
-        table, one, other = self.subject.table, self.lane(a), self.lane(b)
-        if table is None or one is None or other is None or not one.count or not other.count:
+        one, other = self.lane(a), self.lane(b)
+        if one is None or other is None or not one.count or not other.count:
             return None
         held = self.pairs.get((a, b))
         if held is None or held.a is not one or held.b is not other:
-            held = self.pairs[a, b] = Pair(table, one, other)
+            tables = self.subject.table_for(one), self.subject.table_for(other)
+            assert tables[0] is not None
+            held = self.pairs[a, b] = Pair(tables[0], one, other, tables[1])
         return held
 
     @property
@@ -186,17 +181,16 @@ class CompareScreen(Screen[None]):
             self._draw_pair(pair)
 
     def _draw_lanes(self) -> None:
-        table, history = self.subject.table, self.subject.history
-        assert table is not None and history is not None
         numbers = self.numbers()
         expressions = {}
         for number in numbers:
             lane = self.lane(number)
             held = lane.variants[-1] if lane is not None and lane.variants else TRAINED
-            expressions[number] = self.subject.lanes.get(number, held)
+            table = self.table_of(number)
+            expressions[number] = table, self.subject.lanes.get(number, held)
         pairs = {n: pair for n in numbers[1:] if (pair := self.pair_of(numbers[0], n)) is not None}
         self.query_one(LanesBar).show(
-            compare_layers.lanes_data(history, table, expressions, pairs, self.shown, self.mode())
+            compare_layers.lanes_data(expressions, pairs, self.shown, self.mode())
         )
 
     def mode(self) -> str:
@@ -208,9 +202,10 @@ class CompareScreen(Screen[None]):
 
     def _draw_text(self, side: int, lane: Lane | None, parting: int | None) -> None:
         panel = self.query_one(("#text-a", "#text-b")[side], Transcript)
-        assert self.subject.table is not None and self.subject.history is not None
+        assert self.subject.history is not None
         if lane is None or not lane.count:
-            panel.show(EMPTY)
+            asked = self.subject.generate is not None or self.subject.mode == "replay"
+            panel.show(EMPTY if asked else UNASKED)
             return
         row = min(self.look.at if self.look.row is not None else lane.count - 1, lane.count - 1)
         first = view.LETTERS[self.numbers()[0]]
@@ -218,7 +213,7 @@ class CompareScreen(Screen[None]):
         panel.show(
             self._cells[side].data(
                 self.subject.history,
-                self.subject.table,
+                self.table_of(lane.lane),
                 lane,
                 self.look.router,
                 self.look.tint,
@@ -232,9 +227,9 @@ class CompareScreen(Screen[None]):
 
     def title_of(self, lane: Lane) -> str:
         expression = lane.variants[-1] if lane.variants else TRAINED
-        table = self.subject.table
-        assert table is not None
-        return f"{view.LETTERS[lane.lane]}  {view.title_of(table, expression)}"
+        table = self.table_of(lane.lane)
+        model = f"{table.model} · " if table.model else ""
+        return f"{view.LETTERS[lane.lane]}  {model}{view.title_of(table, expression)}"
 
     def _draw_pair(self, pair: Pair) -> None:
         row = max(0, min(self.look.at, pair.rows - 1))
@@ -258,25 +253,33 @@ class CompareScreen(Screen[None]):
             self.query_one(LayersPanel).show(
                 compare_layers.layers_data(pair, row, self.look.router, whys, note)
             )
-        self.query_one(AgreementPanel).show(compare_view.agreement(pair, row, why))
+        if self.query_one("#gate").display:
+            self.query_one(GatePanel).show(self._gate(pair))
+        self.query_one(AgreementPanel).show(compare_view.agreement(pair, row, why, self.mode()))
         if self.query_one("#divergence").display:
             self.query_one(ScorePlot).show(compare_view.divergence(pair, row))
+
+    def _gate(self, pair: Pair) -> compare_layers.GateData:
+        history = self.subject.history
+        assert history is not None
+        found = history.flips.rows(pair.b.sequence, pair.b.lane) if not pair.a.lane else None
+        return compare_layers.gate_data(pair, found, self.mode() == FED_ALIKE)
 
     def _causes(self, pair: Pair, row: int) -> dict[int, str]:
         """Why routers chose otherwise at `row`; remembered, as logits are read from the trace."""
         key = (pair.a, pair.b), row
-        table, history = self.subject.table, self.subject.history
-        assert table is not None and history is not None
+        history = self.subject.history
+        assert history is not None
         if key not in self._whys:
             if len(self._whys) > 256:
                 self._whys.clear()
-            self._whys[key] = compare_layers.causes_at(table, history, pair.a, pair.b, row)
+            self._whys[key] = compare_layers.causes_at(pair.table, history, pair.a, pair.b, row)
         return self._whys[key]
 
     # --- keys
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        live_only = ("same_tokens", "add_lane", "rerun", "stop")
+        live_only = ("same_tokens", "add_lane", "prompt", "rerun", "stop")
         return not (action in live_only and self.subject.mode == "replay")
 
     def action_pause(self) -> None:
@@ -341,7 +344,7 @@ class CompareScreen(Screen[None]):
         self.draw()
 
     def action_mode(self) -> None:
-        views = VIEWS[self.room][0]
+        views = self.room.views
         self.view = views[(views.index(self.view) + 1) % len(views)]
         self.place()
         self.draw()
@@ -351,12 +354,26 @@ class CompareScreen(Screen[None]):
             self.notify("no further lane can be opened here", timeout=4)
             return
         hint = "a variant: num_experts_per_tok=4   always_renormalised"
-        self.app.push_screen(AskScreen("lane", hint, check=self.look.add_variant), self._add)
+        mine, other = (self.table_of(number).model for number in self.shown)
+        title = f"a lane of {mine}" + (f" · x first: of {other}" if mine != other else "")
+        title = title if mine else "a lane"
+        self.app.push_screen(AskScreen(title, hint, check=self.look.add_variant), self._add)
 
     def _add(self, expression: str | None) -> None:
         if expression is not None:
-            self.subject.send(p.AddLane(expression))
+            history = self.subject.history
+            model = 0 if history is None else history.models.get(self.shown[0], 0)
+            self.subject.send(p.AddLane(expression, model=model))
             self.main.action_rerun(False)
+
+    def action_prompt(self) -> None:
+        hint = "what all lanes continue"
+        self.app.push_screen(AskScreen("prompt", hint), self._ask)
+
+    def _ask(self, prompt: str | None) -> None:
+        if prompt:
+            self.main.ask(prompt)
+            self.draw()
 
     def action_leave(self) -> None:
         self.dismiss(None)

@@ -191,6 +191,8 @@ class MainScreen(MainKeys):
         """Routers are known now: lay out for them, and begin what begins by itself."""
         self.place()
         replay = self.subject.mode == "replay"
+        if self.subject.facts.get("beside") and not replay:
+            self.compare_two()
         if replay:
             self.pace, self.playing = Pace(BASE), True
             lane = self.look.lane
@@ -336,7 +338,7 @@ class MainScreen(MainKeys):
             )
 
     def _draw_text(self, lane: Lane | None, row: int) -> None:
-        assert self.subject.table is not None and self.subject.history is not None
+        assert self.look.table is not None and self.subject.history is not None
         follow = self.look.row is None
         count = lane.count if lane is not None else 0
         key = (lane, count, row, follow, self.look.router, self.look.tint, self.subject.mode)
@@ -350,7 +352,7 @@ class MainScreen(MainKeys):
         self.query_one(Transcript).show(
             self._cells.data(
                 self.subject.history,
-                self.subject.table,
+                self.look.table,
                 lane,
                 self.look.router,
                 self.look.tint,
@@ -361,7 +363,7 @@ class MainScreen(MainKeys):
         )
 
     def _draw_token(self, lane: Lane, row: int) -> None:
-        watch, look, table = self.subject, self.look, self.subject.table
+        watch, look, table = self.subject, self.look, self.look.table
         assert table is not None and watch.history is not None
         settled = not self.playing and not watch.live
         key = (lane, row, look.router, look.expert, look.shown, settled, watch.variants)

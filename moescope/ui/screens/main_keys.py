@@ -408,6 +408,13 @@ class MainKeys(Screen[None]):
 
         self.app.push_screen(CompareScreen(self))  # type: ignore[arg-type]
 
+    def compare_two(self) -> None:
+        """Two checkpoints were opened: a lane of each, fed the same tokens, side by side."""
+        self.subject.same_tokens = True
+        self.subject.send(p.SameTokens(True))
+        self.subject.send(p.AddLane(TRAINED, model=1))
+        self._compare()
+
     def action_compare(self) -> None:
         history, watch = self.subject.history, self.subject
         lanes = set(watch.lanes) | set(history.lane_numbers() if history is not None else ())

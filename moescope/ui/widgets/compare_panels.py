@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moescope.ui.compare_layers import LanesData, LayerPair, LayersData
+from moescope.ui.compare_layers import GateData, LanesData, LayerPair, LayersData
 from moescope.ui.ramp import WRONG
 from moescope.ui.text import cells, cut, fit, gap, number
 from moescope.ui.widgets.panel import Panel, Row, Span
@@ -70,6 +70,37 @@ class LayersPanel(Panel[LayersData]):
         first = max(0, min(data.cursor - room // 2, len(data.rows) - room))
         for at in range(first, min(len(data.rows), first + room)):
             rows.append(layer_row(data.rows[at], at == data.cursor, columns))
+        return rows
+
+
+class GatePanel(Panel[GateData]):
+    """Rows of a gate, those first that turned most decisions."""
+
+    EMPTY = "nothing to compare yet"
+
+    def labels(self, data: GateData) -> tuple[str, str]:
+        return data.title, data.note
+
+    def draw(self, data: GateData, width: int, height: int) -> Sequence[Row]:
+        if not data.rows:
+            return (((cut(data.why, width), "dim"),),)
+        most = data.rows[0][1]
+        bar = max(0, min(24, width - 36))
+        head = fit("row", 10) + fit("flips turned", 14, ">") + fit("logit off by", 14, ">")
+        rows: list[Row] = [((cut(head, width), "dim"),)]
+        room = max(1, height - 1)
+        shown = data.rows[: room if len(data.rows) <= room else room - 1]
+        for place, flips, error in shown:
+            rows.append(
+                (
+                    (fit(place, 10), "strong"),
+                    (fit(str(flips), 14, ">"), "text"),
+                    (fit(f"{error:.3f}", 14, ">"), "text"),
+                    ("  " + "█" * round(bar * flips / most), "accent"),
+                )
+            )
+        if len(data.rows) > len(shown):
+            rows.append(((cut(f"and {len(data.rows) - len(shown)} more rows", width), "dim"),))
         return rows
 
 

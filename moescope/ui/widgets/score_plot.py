@@ -39,6 +39,8 @@ class ScorePlot(Panel[PlotData]):
         if not known or not len(data.x) or height < 2 or width < AXIS + 8:
             return (((cut(self.EMPTY, width), "dim"),),)
         low, high = limits(known, data.guide)
+        if data.bounds is not None:
+            low, high = max(low, data.bounds[0]), min(high, data.bounds[1])
         margin = min(8, max(cells(tag) for tag in tags(data))) + 1
         rows = height - 1 if height >= 4 else height
         grid = canvas(data, width - AXIS - margin, rows, low, high)
