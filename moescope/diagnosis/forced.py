@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.engine.interpreter import StepOutput
-from moescope.engine.lane import policies_of, refuse_rewiring, steering_of
+from moescope.engine.lane import policies_of, steering_of
 from moescope.engine.prompts import check_ids
+from moescope.engine.rewired_lanes import rewirable
 from moescope.engine.sampling import Expectation, expectations
 from moescope.trace.frames import RecordLevel
 from moescope.variants.steering import split
@@ -47,12 +48,20 @@ class Forced:
     invalid_router: int | None  # the first that met logits that are not finite
 
 
+def able(interpreter: Any, *expressions: str) -> Any:
+    """`interpreter`, or one around it whose lanes can run under these lane expressions."""
+    for expression in expressions:
+        interpreter = rewirable(interpreter, split(expression)[0])
+    return interpreter
+
+
 def put_under(interpreter: Any, lane: int, expression: str) -> None:
-    """Make a lane run under a lane expression. Raises `MoescopeError` for one that rewires."""
+    """Make a lane run under a lane expression; of one that rewires, what `able` gave."""
     variant, steered = split(expression)
-    refuse_rewiring(variant)
     policies = policies_of(variant, interpreter.routers, interpreter.dtype)
     interpreter.set_policies(lane, policies)
+    if hasattr(interpreter, "set_wiring"):
+        interpreter.set_wiring(lane, variant)
     if steered or getattr(interpreter, "intervene", None) is not None:
         from moescope.engine.torch_steering import steer
 
@@ -70,7 +79,7 @@ def feed(
 ) -> Iterator[Fed]:
     """Feed `ids` to an empty lane: the first `prompt` (None: all) in chunks, the others one by one,
     as they are decoded. Raises `MoescopeError` for ids or a variant the model does not know."""
-    interpreter = model.interpreter
+    interpreter = able(model.interpreter, variant)
     context = int(model.facts.get("context") or len(ids))
     check_ids(ids, interpreter.vocab_size, context)
     interpreter.open(lane + 1, len(ids))

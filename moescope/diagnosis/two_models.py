@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moescope.diagnosis.compare_run import CompareRun, run_compare
-from moescope.engine.beside import beside, correspond
+from moescope.engine.beside import beside, correspond, outline
 from moescope.engine.protocol import Generate
 from moescope.safety import single_line
 
@@ -44,7 +44,7 @@ def sides_of(
 def check_pair(a: Side, b: Side) -> None:
     """Refuse models whose routers or vocabularies do not correspond."""
     if a.model is not b.model:
-        correspond(a.model, b.model)
+        correspond(outline(a.model), outline(b.model))
 
 
 def run_two(a: Side, b: Side, request: Generate, **options: Any) -> CompareRun:

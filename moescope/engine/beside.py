@@ -45,7 +45,7 @@ class TwoModels:
 
 def beside(first: Any, second: Any) -> TwoModels:
     """Both models as one. Raises `MoescopeError` for two that do not correspond."""
-    correspond(first, second)
+    correspond(outline(first), outline(second))
     name = str(second.facts.get("name", ""))
     contexts = [model.facts.get("context") for model in (first, second)]
     known = [context for context in contexts if context]
@@ -60,17 +60,35 @@ def beside(first: Any, second: Any) -> TwoModels:
     return TwoModels(first, second, Beside(first.interpreter, second.interpreter), facts)
 
 
-def correspond(first: Any, second: Any) -> None:
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What must be alike in two models. `routers`: the layer of each, and its expert classes."""
+
+    name: str
+    vocabulary: int
+    routers: tuple[tuple[int, int], ...]
+
+
+def outline(model: Any) -> Outline:
+    """Of a `LoadedModel`."""
+    interpreter = model.interpreter
+    return Outline(
+        str(model.facts.get("name", "")),
+        interpreter.vocab_size,
+        tuple((router.layer, router.spec.E) for router in interpreter.routers),
+    )
+
+
+def correspond(first: Outline, second: Outline) -> None:
     """Refuse models whose routers or vocabularies do not correspond."""
-    ours, theirs = first.interpreter, second.interpreter
-    pairs = [("vocabulary", ours.vocab_size, theirs.vocab_size)]
-    pairs.append(("routers", len(ours.routers), len(theirs.routers)))
-    for one, other in zip(ours.routers, theirs.routers, strict=False):
-        pairs.append((f"layer {one.layer}: router's layer", one.layer, other.layer))
-        pairs.append((f"layer {one.layer}: experts", one.spec.E, other.spec.E))
+    pairs = [("vocabulary", first.vocabulary, second.vocabulary)]
+    pairs.append(("routers", len(first.routers), len(second.routers)))
+    for one, other in zip(first.routers, second.routers, strict=False):
+        pairs.append((f"layer {one[0]}: router's layer", one[0], other[0]))
+        pairs.append((f"layer {one[0]}: experts", one[1], other[1]))
     for what, expected, found in pairs:
         if expected != found:
-            a, b = (single_line(str(m.facts.get("name", "")), 80) for m in (first, second))
+            a, b = (single_line(model.name, 80) for model in (first, second))
             raise MoescopeError(
                 f"{b}: {what}: expected {expected} as in {a}, found {found}",
                 hint="two checkpoints of one architecture",

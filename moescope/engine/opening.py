@@ -85,8 +85,9 @@ def _open_two(request: LoadRequest, progress: Callable[[Loading], None]) -> tupl
 
 
 def _refuse_unfit(requests: tuple[LoadRequest, LoadRequest]) -> None:
-    """Raise for what does not fit, from the headers: the first model, then both together."""
+    """Raise for what does not correspond or does not fit, from the headers alone."""
     from moescope.engine import devices
+    from moescope.engine.beside import Outline, correspond
     from moescope.engine.load import check_memory, inspect
 
     found = []
@@ -94,6 +95,15 @@ def _refuse_unfit(requests: tuple[LoadRequest, LoadRequest]) -> None:
         inspected = inspect(request)
         inspected.checkpoint.close()
         found.append(inspected)
+    outlines = (
+        Outline(
+            str(one.facts["name"]),
+            one.spec.vocab_size,
+            tuple((layer, router.E) for layer, _, router in one.spec.routers()),
+        )
+        for one in found
+    )
+    correspond(*outlines)
     check_memory(found[0])
     free = min(one.memory["free"] for one in found)
     both = {name: sum(one.memory[name] for one in found) for name in ("weights", "cache", "needed")}

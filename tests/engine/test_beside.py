@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moescope.engine.beside import TwoModels, beside, correspond
+from moescope.engine import devices, load
+from moescope.engine.beside import TwoModels, beside, correspond, outline
 from moescope.engine.opening import open_model
 from moescope.engine.protocol import Generate, LoadRequest, Sampling
 from moescope.engine.recording import trace_meta
@@ -127,7 +128,7 @@ def test_what_is_told_of_both(both: TwoModels) -> None:
 
 
 def test_models_that_do_not_correspond_are_refused(
-    folders: tuple[Path, Path], tmp_path: Path
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, _ = opened(folders[0])
     for options, words in (
@@ -137,16 +138,15 @@ def test_models_that_do_not_correspond_are_refused(
     ):
         folder = saved(tmp_path, "-".join(options), **options)
         with pytest.raises(MoescopeError, match=words):
-            correspond(base, opened(folder)[0])
-        with pytest.raises(MoescopeError, match=words):
+            correspond(outline(base), outline(opened(folder)[0]))
+        with monkeypatch.context() as patch, pytest.raises(MoescopeError, match=words):
+            patch.setattr(load, "_reader", lambda _: pytest.fail("a weight was read"))
             opened(folders[0], beside=str(folder))
 
 
 def test_two_that_do_not_fit_together_are_refused_before_a_weight_is_read(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moescope.engine import devices, load
-
     one = load.inspect(LoadRequest(str(folders[0]), device="cpu", dtype="float32"))
     one.checkpoint.close()
     room = int(1.5 * one.memory["needed"])
