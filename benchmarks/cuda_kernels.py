@@ -135,7 +135,7 @@ def told(measured: dict[str, float], best: Any, size: int) -> dict[str, Any]:
 
 def attend(spec: Attention, position: int, device: str, measure: Measure) -> dict[str, Any]:
     """One lane; layers take turns through caches of their own."""
-    from moescope.engine.graph_layers import attention_shape
+    from moescope.engine.graph_attention import attention_shape
     from moescope.kernels.triton_ops.attention import Scratch
     from moescope.kernels.triton_ops.attention import attend as run
 

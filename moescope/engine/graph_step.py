@@ -4,7 +4,8 @@
 graph for each number of lanes, of shadow variants, for records with or without logits, and way of
 drawing; replays it; and runs ahead: the device draws the next token itself and its step starts
 before the host has seen it. A step that was not wanted is forgotten: its rows of the cache lie
-behind the ends of the lanes. Policies are data: no toggle captures anything again.
+behind the ends of the lanes. Where operators write over their state, nothing runs ahead. Policies
+are data: no toggle captures anything again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from moescope.engine.steps import Shared
 from moescope.errors import MoescopeError
 from moescope.trace.frames import RecordLevel
 
+REACH = 256  # positions at least, so that short lanes share a graph
 Drawing = Literal["greedy", "plain", "ranked"]  # ranked: some lane has a top-k or a top-p
 
 
@@ -37,6 +39,7 @@ class Kind:
     shadows: int
     logits: bool  # of the routers, in the record
     drawing: Drawing
+    reach: int  # positions that operators in torch look at, where there are such
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,13 +61,12 @@ class GraphStep:
 
     draws = True
 
-    draws = True
-
     def __init__(
         self, shared: Shared, *, graph: bool = True, run_ahead: bool = True, pdl: bool = False
     ) -> None:
-        self.shared, self.graph, self.run_ahead = shared, graph, run_ahead
+        self.shared, self.graph = shared, graph
         self.layers = Layers(shared, pdl=pdl)
+        self.run_ahead = run_ahead and not self.layers.recurrent()
         self.kernels = self.layers.kernels()
         self.captures = self.launches = 0
         self._buffers: dict[tuple[int, int, bool], Buffers] = {}
@@ -174,6 +176,8 @@ class GraphStep:
         starts = tuple(start + 1 for start in last.starts)
         if last.draws is None or max(starts) >= self.shared.capacity:
             return None
+        if 0 < last.kind.reach <= max(starts):
+            return None
         draws = tuple(_following(draw) for draw in last.draws)
         if last.kind.drawing != "greedy":
             self._of(last.kind).write_sampling(draws)
@@ -195,7 +199,9 @@ class GraphStep:
         shadows = len(self.shared.policies.shadows)
         if shadows > graph_layers.SHADOWS:
             raise MoescopeError(f"shadow variants: at most {graph_layers.SHADOWS} on a GPU")
-        kind = Kind(len(lanes), shadows, record == "logits", _drawing(draws))
+        kind = Kind(
+            len(lanes), shadows, record == "logits", _drawing(draws), self._reach(max(starts))
+        )
         buffers = self._of(kind)
         if self.layers.hold_gates(self.shared.policies):
             self._forget_graphs()
@@ -205,7 +211,7 @@ class GraphStep:
         inputs = {"token_ids": token_ids, "positions": starts, "lanes": lanes}
         if self.graph and kind not in self._graphs:
             buffers.inputs.send(inputs)
-            self._graphs[kind] = self._capture(kind)
+            self._graphs[kind] = self._capture(kind, lanes)
             self.captures += 1
         buffers.inputs.send(inputs)
         return self._launch(Launched(kind, 0, lanes, starts, draws, self._state()))
@@ -223,6 +229,12 @@ class GraphStep:
         self.launches += 1
         return replace(launched, slot=slot)
 
+    def _reach(self, position: int) -> int:
+        """A power of two above the position, at most the capacity; 0 where nobody asks."""
+        if not self.layers.reaches():
+            return 0
+        return min(self.shared.capacity, max(REACH, 1 << position.bit_length()))
+
     def _of(self, kind: Kind) -> Buffers:
         key = kind.lanes, kind.shadows, kind.logits
         if key not in self._buffers:
@@ -231,17 +243,22 @@ class GraphStep:
 
     def _forward(self, kind: Kind, slot: int) -> None:
         buffers = self._of(kind)
-        self.layers.run(buffers, buffers.slots[slot].device, kind.drawing)
+        self.layers.run(buffers, buffers.slots[slot].device, kind.drawing, kind.reach)
 
-    def _capture(self, kind: Kind) -> list[torch.cuda.CUDAGraph]:
+    def _capture(self, kind: Kind, lanes: tuple[int, ...]) -> list[torch.cuda.CUDAGraph]:
         """One graph a slot. Everything runs once before, because kernels compile and libraries
-        allocate on first use, which a capture does not allow."""
+        allocate on first use, which a capture does not allow; state it wrote over is put back."""
         device = self.shared.device
+        rewritten = [
+            (run, lane, run.save(lane)) for run in self.layers.recurrent() for lane in lanes
+        ]
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             self._forward(kind, 0)
         torch.cuda.current_stream(device).wait_stream(side)
+        for run, lane, saved in rewritten:
+            run.restore(lane, saved)
         torch.cuda.synchronize(device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()

@@ -83,8 +83,19 @@ TORCH = Limits(
         },
     },
 )
-# One token in one CUDA graph; what that does not cover goes through the torch operators.
+# One token in one CUDA graph: kernels, and torch operators for what they do not cover.
 GRAPH = Limits(
+    tuple(kind for kind in TORCH.operators if kind is not ConvolvedAttention),
+    {
+        **TORCH.only,
+        DecoderSpec: {"learned_embedding": (), "residual_dtype": ()},
+        Branch: {"learned_sum": ()},
+        MoE: {"gate_network": ()},
+    },
+)
+# One token in one call of the C library on a CPU; what that does not cover goes through the torch
+# operators.
+NATIVE = Limits(
     (Attention, MLP, MoE),
     {
         DecoderSpec: {
@@ -142,8 +153,6 @@ GRAPH = Limits(
         },
     },
 )
-# One token in one call of the C library on a CPU.
-NATIVE = GRAPH
 
 
 def refuse_unsupported(spec: DecoderSpec) -> None:
@@ -161,6 +170,11 @@ def why_not_fused(spec: DecoderSpec, program: Limits) -> str:
     if (found := program.first(spec)) is not None:
         name, value = found
         return f"{name} {value}: no fused form"
+    return _why_not_wired(spec) if program is NATIVE else ""
+
+
+def _why_not_wired(spec: DecoderSpec) -> str:
+    """What else the C library does not do."""
     for _, branch in spec.operators():
         operator = branch.operator
         rope = getattr(operator, "rope", None)

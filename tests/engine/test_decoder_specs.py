@@ -322,6 +322,6 @@ def test_wiring_mistakes_are_caught(edit: Any, says: str) -> None:
 
 @pytest.mark.parametrize("model_type", TABLE)
 def test_no_fused_step_claims_a_decoder_it_does_not_cover(model_type: str) -> None:
-    from moescope.engine.limits import GRAPH, why_not_fused
+    from moescope.engine.limits import NATIVE, why_not_fused
 
-    assert why_not_fused(TABLE[model_type][0](), GRAPH).endswith("no fused form")
+    assert why_not_fused(TABLE[model_type][0](), NATIVE).endswith("no fused form")

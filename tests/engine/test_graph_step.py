@@ -343,7 +343,7 @@ def test_what_is_captured_and_when(folder: Path, monkeypatch: pytest.MonkeyPatch
     step = step_of(decoder)
     step.layers.layers, step.graph, step.run_ahead = [], True, False
 
-    def stood_in(kind: Any) -> list[Any]:
+    def stood_in(kind: Any, lanes: Any) -> list[Any]:
         return [SimpleNamespace(replay=partial(step._forward, kind, slot)) for slot in (0, 1)]
 
     monkeypatch.setattr(step, "_capture", stood_in)

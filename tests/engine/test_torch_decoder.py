@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moescope.engine.interpreter import StepOutput
-from moescope.engine.limits import GRAPH, refuse_unsupported, why_not_fused
+from moescope.engine.limits import GRAPH, NATIVE, refuse_unsupported, why_not_fused
 from moescope.engine.load import load_model
 from moescope.engine.operators import Attention
 from moescope.engine.protocol import LoadRequest
@@ -342,8 +342,16 @@ def test_what_no_fused_step_does_is_left_to_the_operators(folder: Path) -> None:
         branch = replace(layer.branches[0], operator=replace(attention, **edit))
         wrong = replace(layer, branches=(branch, layer.branches[1]))
         edited = replace(spec, layers=(wrong, *spec.layers[1:]))
-        assert why_not_fused(edited, GRAPH) == f"{named}: no fused form"
+        assert why_not_fused(edited, NATIVE) == f"{named}: no fused form"
+        assert why_not_fused(edited, GRAPH) == ""
         refuse_unsupported(edited)
+
+
+def test_what_no_graph_holds_is_named(folder: Path) -> None:
+    wide = replace(fresh(folder).spec, residual_dtype="float32")
+    found = why_not_fused(wide, GRAPH)
+    assert found == "DecoderSpec.residual_dtype float32: no fused form"
+    refuse_unsupported(wide)
 
 
 def test_what_the_interpreter_does_not_do_is_refused_by_field(folder: Path) -> None:

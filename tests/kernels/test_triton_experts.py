@@ -17,6 +17,7 @@ from triton.runtime.errors import OutOfResources
 import tests.kernels.interpreted  # noqa: F401  (before the kernels)
 from moescope.kernels.triton_ops import experts as decode
 from moescope.kernels.triton_ops import gemv, grouped, tuning
+from moescope.kernels.triton_ops.gating import Gating
 from moescope.kernels.triton_ops.tiles import Block, ExpertTiles, Tile, configuration, expert_tiles
 from tests.kernels.expert_cases import (
     assert_close,
@@ -180,7 +181,7 @@ def test_what_follows_the_sum(dtype: torch.dtype) -> None:
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("activation", decode.ACTIVATIONS)
+@pytest.mark.parametrize("activation", grouped.TORCH_ACTIVATIONS)
 def test_biases_and_activations(activation: str) -> None:
     dtype, E, H, width = torch.bfloat16, 3, 16, 6
     h, (gate_up, down) = random(50, dtype, 2, H), experts(51, dtype, E, H, width)
@@ -188,13 +189,15 @@ def test_biases_and_activations(activation: str) -> None:
     biases = random(53, dtype, E, 2 * width), random(54, dtype, E, H)
     expected = biased_experts(h, gate_up, down, ids, weights, *biases, activation)
     named: dict[str, Any] = {
-        "activation": activation,
         "gate_up_bias": biases[0],
         "down_bias": biases[1],
     }
     inputs = h, gate_up, down, ids, weights
-    assert_close(decode.experts_small(*inputs, **named, tiles=SMALL), expected)
-    assert_close(grouped.experts_grouped(*inputs, **named, block=Block(16, 16, 16, 1, 1)), expected)
+    small = decode.experts_small(*inputs, gating=Gating(activation), **named, tiles=SMALL)
+    assert_close(small, expected)
+    block = Block(16, 16, 16, 1, 1)
+    found = grouped.experts_grouped(*inputs, activation=activation, **named, block=block)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET"):
 
 from moescope.engine import sampling as host
 from moescope.engine import torch_operators as ops
-from moescope.engine.graph_layers import attention_shape
+from moescope.engine.graph_attention import attention_shape
 from moescope.engine.operators import Attention, Norm, Rope
 from moescope.engine.protocol import Sampling
 from moescope.kernels.triton_ops import attention, norms, sampling
@@ -104,7 +104,7 @@ def test_attention_of_one_token(name: str) -> None:
     for _ in range(2):  # again, on the counters that the first launch left
         attention.attend(
             ops.linear(h, twin.qkv),
-            cache,
+            *cache,
             torch.tensor(lanes, dtype=torch.int32),
             torch.tensor(starts, dtype=torch.int32),
             shape,
@@ -136,7 +136,7 @@ def test_attention_passes_on_what_is_not_finite(place: str) -> None:
     shape = attention_shape(spec)
     out = attention.attend(
         qkv,
-        twin.cache,
+        *twin.cache,
         torch.tensor([2], dtype=torch.int32),
         torch.tensor([80], dtype=torch.int32),
         shape,

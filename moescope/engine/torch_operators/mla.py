@@ -182,10 +182,12 @@ class TorchIndexer:
 
     def keys(self, h: Tensor, call: Call) -> Tensor:
         """h [R, H] -> new rows of the cache [R, D]."""
-        k = linear(h, self.k_proj)[:, None]
+        k: Tensor = linear(h, self.k_proj)[:, None]
         k = k if self.norm is None else self.norm(k)
         rope = self.spec.rope
-        return (k if rope is None else rotate(k, rope, call.rotations[id(rope)]))[:, 0]
+        k = k if rope is None else rotate(k, rope, call.rotations[id(rope)])
+        rows: Tensor = k.flatten(1)
+        return rows
 
     def queries(self, latent: Tensor, call: Call) -> Tensor:
         """[R, heads, D]"""
@@ -200,7 +202,8 @@ class TorchIndexer:
     def scores(self, q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
         """q [R, heads, D] and weights [R, heads] over keys [S, D] or [R, S, D] -> [R, S]."""
         each = F.relu(q.float() @ keys.float().transpose(-1, -2) * self.spec.head_dim**-0.5)
-        return (weights[:, None] @ each)[:, 0]
+        sums: Tensor = (weights[:, None] @ each)[:, 0]
+        return sums
 
     def _choose(self, q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
         s, T, S = self.spec, len(q), len(keys)

@@ -77,6 +77,7 @@ def gate_and_route(
     norm: Tensor | None = None,
     eps: float = 1e-6,
     applies: str = "model",
+    scale: float = 1.0,
     keep_logits: bool = False,
 ) -> Routing:
     """Route hidden [T, H] through the gate [G, E, H] under the rows that `row_of` [T, P] names.
@@ -85,7 +86,7 @@ def gate_and_route(
     `router_dtype`, products summed in float32, the logits rounded once more. Column `gate` of a
     policy names the copy it reads. `bias`, `per_expert_scale` and `gate_bias` are [E]. Logits that
     are kept are those of a row's first place. `norm` [H] RMS-normalises hidden first, as in
-    `gemv.linear_small`. All arrays are contiguous; P is at most 32.
+    `gemv.linear_small`, and `scale` then multiplies it. All arrays are contiguous; P is at most 32.
     """
     (T, H), (G, E, _), P = hidden.shape, gate.shape, row_of.shape[1]
     assert not covers(T, E, K_max) and P <= P_MAX and work.partials.shape[0] == G
@@ -115,6 +116,7 @@ def gate_and_route(
         WAIT=not triton.knobs.runtime.interpret,
         EPS=eps,
         APPLIES=applies,
+        SCALE=scale,
         **options(E),
     )
     return out
@@ -181,6 +183,7 @@ def _gate_and_route(
     WAIT: tl.constexpr,
     EPS: tl.constexpr,
     APPLIES: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     """One program an expert, part of the width and copy of the gate; then one a row and policy."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -188,7 +191,7 @@ def _gate_and_route(
         copy, part, expert = program // (PARTS * E), (program // E) % PARTS, program % E
         _multiply(
             *(hidden, gate, norm, rows, row_of, partials, copy, part, expert),
-            *(E, T, P, G, PARTS, H, H_PAD, DTYPE, EPS, APPLIES),
+            *(E, T, P, G, PARTS, H, H_PAD, DTYPE, EPS, APPLIES, SCALE),
         )
     tl.debug_barrier()
     ticket = tl.atomic_add(arrivals, 1, sem="acq_rel")
@@ -248,6 +251,7 @@ def _multiply(
     DTYPE: tl.constexpr,
     EPS: tl.constexpr,
     APPLIES: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     """All rows' products with one part of one expert's gate, if any policy reads that copy."""
     wanted = True
@@ -278,6 +282,8 @@ def _multiply(
                     x = rounded_like(x, hidden)
                 by = tl.load(norm + h, mask=inside, other=0.0).to(tl.float32)
                 x = rounded_like(x * by, hidden)
+                if SCALE != 1.0:
+                    x = rounded_like(x * SCALE, hidden)
             product = tl.sum(_as(x, DTYPE) * w)
             tl.store(partials + ((copy * PARTS + part) * T + t) * E + expert, product)
 
@@ -322,13 +328,16 @@ def _aot(
     P: int = 1,
     bias: Any = None,
     norm: bool = False,
+    scale: float = 1.0,
 ) -> Any:
     constants, _ = _launch(T, H, E, G, 8, P, bias, None, False)
     types = {"hidden": dtype, "gate": dtype, "gate_bias": dtype, "rows": "*fp32"}
     types |= {"row_of": "*i32", "bias": "*fp32", "scale": "*fp32", "table": "*i32"}
     types |= {"tokens": "*i64", "table_stride": "i32", "partials": "*fp32", "arrivals": "*i32"}
     constants |= {"GATE_BIAS": bias is not None, "DTYPE": 1, "KEEP": True, "WAIT": True}
-    constants |= {"EPS": 1e-6, "APPLIES": "model"} | ({} if norm else {"norm": None})
+    constants |= {"EPS": 1e-6, "APPLIES": "model", "SCALE": scale} | (
+        {} if norm else {"norm": None}
+    )
     types |= {"norm": dtype} if norm else {}
     return (_gate_and_route, types | OUTPUT_TYPES, constants, options(E))
 
@@ -336,5 +345,6 @@ def _aot(
 AOT = {
     "Qwen3-30B, 8 rows, 3 gates": _aot("*bf16", 8, 2048, 128, G=3),
     "Qwen3-30B, 1 row, norm": _aot("*bf16", 1, 2048, 128, norm=True),
+    "Gemma 4, 1 row": _aot("*bf16", 1, 2816, 128, norm=True, scale=2816**-0.5),
     "DeepSeek-V3, 1 row, 5 policies": _aot("*bf16", 1, 7168, 256, P=5, bias=True),
 }

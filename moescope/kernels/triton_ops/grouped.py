@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moescope.kernels.triton_ops.experts import ACTIVATIONS, COMBINES, activated
+from moescope.kernels.triton_ops.experts import COMBINES
+from moescope.kernels.triton_ops.gating import gated
 from moescope.kernels.triton_ops.gemv import rounded
 from moescope.kernels.triton_ops.tiles import Block, grouped_block
 
@@ -106,7 +107,7 @@ def grouped_kernel(
         if GATED:
             total_up += tl.load(by + OUT, mask=columns < OUT, other=0.0).to(tl.float32)[None, :]
     if GATED:
-        total = rounded(activated(rounded(total, x), ACTIVATION), x) * rounded(total_up, x)
+        total = gated(total, total_up, x, ACTIVATION, 0.0, False, 1.0, 0.0)
     there = (rows < end)[:, None] & (columns < OUT)[None, :]
     tl.store(out + rows.to(tl.int64)[:, None] * OUT + columns[None, :], total, mask=there)
 
@@ -165,7 +166,7 @@ def experts_grouped(
     """
     T, K = expert_ids.shape
     E, _, width = down.shape
-    assert activation in ACTIVATIONS
+    assert activation in TORCH_ACTIVATIONS
     assert h.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous()
     biased = gate_up_bias is not None or down_bias is not None
     if products == "auto":
