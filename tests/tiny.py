@@ -197,7 +197,7 @@ def save_checkpoint(
             raise ValueError(layout)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if dialect == "hub":
-        _older_names(folder / "config.json")
+        older_names(folder / "config.json")
     if model_type:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": model_type}))
@@ -251,7 +251,7 @@ def _mlx_layout(tensors: dict[str, Any], model_type: str) -> dict[str, Any]:
     return out
 
 
-def _older_names(path: Path) -> None:
+def older_names(path: Path) -> None:
     """Rewrite a config saved by transformers 5 with the names that published configs use."""
     whole = json.loads(path.read_text())
     config = whole.get("text_config", whole)

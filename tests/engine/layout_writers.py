@@ -40,6 +40,22 @@ def experts(tensors: Tensors) -> tuple[Tensors, dict[str, dict[str, torch.Tensor
     return rest, stacked
 
 
+def apart(tensors: Tensors) -> Tensors:
+    """One tensor per expert, of what transformers holds fused."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".experts.")
+        if not module or kind not in ("gate_up_proj", "down_proj"):
+            found[name] = tensor
+            continue
+        for e, matrix in enumerate(tensor):
+            parts = matrix.chunk(2) if kind == "gate_up_proj" else (matrix,)
+            names = ("gate", "up") if kind == "gate_up_proj" else ("down",)
+            for part, matrix_of in zip(names, parts, strict=True):
+                found[f"{module}.experts.{e}.{part}_proj.weight"] = matrix_of
+    return found
+
+
 def _each(write: Callable[[str, Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
     """A layout of experts: what `write` makes of (module, stacked matrices), and the rest."""
 

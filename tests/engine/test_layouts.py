@@ -24,6 +24,29 @@ WITH_IDENTITIES = {"longcat_flash"}
 FROM_PACKED = {"gpt_oss"}
 # mlx-lm does without these tensors.
 LEFT_OUT = {"ernie4_5_moe": "gate.correction_bias"}
+# Below a layer, where hubs have the experts of a family; all others have HUB. transformers saves
+# some text models as it holds them, if they are alone: how hubs have those is `test_towers`'.
+HUB = "mlp.experts.0.gate_proj.weight"
+FUSED, LINEAR = "mlp.experts.gate_up_proj", "block_sparse_moe.input_linear.weight"
+LETTERS = "block_sparse_moe.experts.0.w1.weight"
+HUB_EXPERTS = {
+    "dbrx": "ffn.experts.mlp.w1",
+    "gemma4_text": "experts.gate_up_proj",
+    "gpt_oss": FUSED,
+    "jamba": "feed_forward.experts.0.gate_proj.weight",
+    "jetmoe": "mlp.input_linear.weight",
+    "lfm2_moe": "feed_forward.experts.0.w1.weight",
+    "llama4_text": "feed_forward.experts.gate_up_proj",
+    "minimax_m3_vl_text": FUSED,
+    "mistral4": FUSED,
+    "nemotron_h": "mixer.experts.0.up_proj.weight",
+    "qwen3_vl_moe_text": FUSED,
+    "step3p5": "moe.gate_proj.weight",
+    "zaya": FUSED,
+    "granitemoe_swa": "block_sparse_moe.experts.gate_up_proj",
+    **dict.fromkeys(("granitemoe", "granitemoehybrid", "granitemoeshared"), LINEAR),
+    **dict.fromkeys(("kimi_linear", "minimax_m2", "mixtral", "phimoe"), LETTERS),
+}
 
 
 def read(folder: Path) -> tuple[dict[str, torch.Tensor], load.Inspected]:
@@ -63,6 +86,8 @@ def test_layouts_of_every_family(family: str, tmp_path: Path) -> None:
     model, named = tiny_model(family), family if family in SAME else ""
     hub, inspected = read(save_checkpoint(model, tmp_path / "hub", dialect="hub", model_type=named))
     assert inspected.plan.unexpected == () or family in WITH_IDENTITIES
+    wanted = f".{HUB_EXPERTS.get(family, HUB)}"
+    assert any(name.endswith(wanted) for name in inspected.checkpoint.tensors)
     if family not in WITH_IDENTITIES:
         fused = save_checkpoint(model, tmp_path / "fused", layout="fused", model_type=named)
         same(read(fused)[0], hub)

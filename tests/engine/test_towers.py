@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from moescope.engine.load import load_model
 from moescope.engine.protocol import LoadRequest
-from tests.tiny import fill, tiny_fields, write_tokenizer
+from tests.engine.layout_writers import LAYOUTS, apart, as_mlx
+from tests.engine.test_layouts import read, same
+from tests.tiny import fill, older_names, tiny_fields, write_tokenizer
 
 # whole's type -> (its class in transformers, the family of its text, what the text's config says)
 WHOLES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -105,3 +107,30 @@ def test_logits_of_a_text_tower(name: str, tmp_path: Path) -> None:
         f"{name}: only its text model ({text}) is loaded; images and sound are not read"
     )
     assert not any("not read, config.json" in note for note in loaded.facts["notes"])
+
+
+# whole's type, of those mlx-lm knows -> its experts as published, where transformers saves others
+ON_MLX = {
+    "qwen3_vl_moe": "fused, transposed",
+    "qwen3_5_moe": "fused",
+    **dict.fromkeys(("gemma4", "llama4", "mistral3", "kimi_k25", "minimax_m3_vl"), ""),
+}
+
+
+@pytest.mark.parametrize("name", ON_MLX)
+def test_a_text_tower_as_published_and_as_mlx_lm_has_it(name: str, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    save(whole_model(name), whole)
+    older_names(whole / "config.json")
+    expected, _ = read(whole)
+    path = whole / "model.safetensors"
+    if ON_MLX[name]:
+        tensors = LAYOUTS[ON_MLX[name]](apart(load_file(path)))
+        save_file({n: t.contiguous() for n, t in tensors.items()}, path)
+        same(read(whole)[0], expected)
+    on_mlx, inspected = read(as_mlx(whole, tmp_path / "mlx"))
+    assert all(layout.startswith("mlx-lm") for layout in inspected.plan.layouts)
+    assert inspected.plan.unexpected == ()
+    for target, tensor in expected.items():
+        # norms that hold w of 1 + w have lost what 1 + w does not hold
+        torch.testing.assert_close(on_mlx[target], tensor, atol=1.2e-7, rtol=0)

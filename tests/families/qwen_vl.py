@@ -67,6 +67,11 @@ def _omni(config: Any, **options: Any) -> Any:
     return Thinker._from_config(whole, **options)
 
 
+def _older(config: dict[str, Any]) -> None:
+    config["num_experts"] = config.pop("num_local_experts")
+
+
+OLDER = {"qwen3_vl_moe_text": _older}
 CLASSES = {"qwen3_vl_moe_text": _vision, "qwen3_omni_moe_text": _omni}
 CASES = (
     Case("qwen3_vl_moe_text", "released", 0),
