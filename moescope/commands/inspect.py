@@ -60,8 +60,10 @@ def _head(facts: dict[str, Any], width: int) -> Iterator[str]:
     share = facts["active_parameters"] / facts["parameters"]
     yield from _wrapped("model", facts["name"], width)
     yield from _wrapped("family", f"{facts['family']} ({facts['model_type']})", width)
-    numbers = f"{count(facts['parameters'])}, {count(facts['active_parameters'])} for each token"
-    yield from _wrapped("parameters", f"{numbers} ({share:.0%})", width)
+    nulls = any(router["fields"].get("num_null_experts") for router in facts["routers"])
+    most = "at most " * nulls
+    active = f"{most}{count(facts['active_parameters'])} for each token ({share:.0%})"
+    yield from _wrapped("parameters", f"{count(facts['parameters'])}, {active}", width)
     sizes = f"hidden {facts['hidden_size']}, vocabulary {facts['vocab_size']}"
     tokenizer = "" if facts["tokenizer"] else "; no tokenizer.json"
     yield from _wrapped("sizes", f"{sizes}, context {facts['context']}{tokenizer}", width)

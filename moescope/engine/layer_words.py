@@ -12,6 +12,7 @@ from moescope.engine.operators import (
     MLP,
     Attention,
     ConvolvedAttention,
+    Experts,
     LinearAttention,
     MoE,
     RoutedAttention,
@@ -96,7 +97,7 @@ def _routed_attention(a: RoutedAttention) -> str:
 
 
 def _dense(m: MLP) -> str:
-    return f"dense {m.width}" + _activation(m.activation)
+    return f"dense {m.width}" + _activation(m)
 
 
 def _experts(m: MoE) -> str:
@@ -104,19 +105,26 @@ def _experts(m: MoE) -> str:
     words = f"{policy.num_experts_per_tok} of {wiring.num_experts} experts × {m.experts.width}"
     if m.experts.hidden:
         words += f" in {m.experts.hidden}"
-    words += _activation(m.experts.activation)
+    words += _activation(m.experts)
     if m.gate_network is not None:
         words += f", gate by {m.gate_network.layers + 1} layers of {m.gate_network.width}"
     if wiring.num_null_experts:
         words += f", {wiring.num_null_experts} {wiring.null_expert_kind}"
     if m.shared is not None:
-        words += f", shared {m.shared.width}"
+        words += f", shared {m.shared.width}" + _clamp(m.shared)
         words += " gated" if wiring.shared_expert_gate != "none" else ""
     return words
 
 
-def _activation(name: str) -> str:
-    return f", {_ACTIVATIONS[name]}" if name in _ACTIVATIONS else ""
+def _activation(block: MLP | Experts) -> str:
+    known = _ACTIVATIONS.get(block.activation)
+    return _clamp(block) + (f", {known}" if known else "")
+
+
+def _clamp(block: MLP | Experts) -> str:
+    """What gate and up are held to, where the name of the activation does not say that they are."""
+    named = not block.limit or block.activation == "swiglu_oai"
+    return "" if named else f" clamped {block.limit:g}"
 
 
 _MIXERS: dict[type, Callable[[Any], str]] = {

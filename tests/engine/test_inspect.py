@@ -163,3 +163,14 @@ def test_inspecting_imports_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_layers_that_clamp_and_tokens_that_no_expert_sees(tmp_path: Path) -> None:
+    facts = of_config(PUBLISHED["step3p5"], tmp_path / "step")
+    rows = {row["layers"]: row["feed_forward"] for row in facts["layers"]}
+    assert rows["0"] == "dense 11264" and len(rows) == 6
+    assert rows["43"] == "8 of 288 experts × 1280 clamped 7, shared 1280"
+    assert rows["44"] == "8 of 288 experts × 1280 clamped 7, shared 1280 clamped 16"
+    assert "197 G, 11.5 G for each token" in list(page(facts))[2]
+    facts = of_config(PUBLISHED["longcat_flash"], tmp_path / "longcat")
+    assert list(page(facts))[2] == "parameters  561 G, at most 31.4 G for each token (6%)"
