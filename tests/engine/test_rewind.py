@@ -18,7 +18,7 @@ IDS = np.random.default_rng(5).integers(0, 256, 40)
 CHANGE = 23  # from this token on another policy is in force
 
 
-@pytest.fixture(scope="module", params=["olmoe", "qwen3_next"])
+@pytest.fixture(scope="module", params=["olmoe", "qwen3_next", "zaya"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tiny_checkpoint(request.param, tmp_path_factory.mktemp("rewind"))
     loaded = load_model(LoadRequest(str(path), device="cpu"))

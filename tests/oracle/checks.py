@@ -104,7 +104,7 @@ def _bfloat16(case: Case, _: str, folder: Path) -> dict[str, Any]:
     routers = harness.selectors(*_spec_and_weights(case, folder))
     usual = "sdpa" if harness.model_of(case)._supports_sdpa else "eager"
     wanted, eager = (
-        harness.Oracle(_in_bfloat16(harness.model_of(case), kind)).teacher_forced(ids)
+        harness.Oracle(in_bfloat16(harness.model_of(case), kind)).teacher_forced(ids)
         for kind in (usual, "eager")
     )
     found = harness.ours_forced(harness.load(path, "bfloat16"), ids)
@@ -141,7 +141,7 @@ def _with_tokens(run: harness.Run, wanted: harness.Run) -> harness.Run:
     return harness.Run(chosen, run.logits, run.chosen, run.weights, run.router_logits)
 
 
-def _in_bfloat16(model: Any, attention: str) -> Any:
+def in_bfloat16(model: Any, attention: str) -> Any:
     """As `from_pretrained` makes it: frequencies of ropes stay float32."""
     import copy
 
