@@ -226,3 +226,40 @@ def test_an_invalid_row_stays_invalid() -> None:
 def test_the_hint_is_an_example_of_each() -> None:
     for example in steering.HINT.split("   "):
         parse(split(example)[1] or example)
+
+
+# --- on MLX ---------------------------------------------------------------------------------------
+
+
+def steerings() -> st.SearchStrategy[Steering]:
+    experts = st.permutations(range(E))
+    numbers = st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(0, 3))
+
+    def of(drawn: tuple[list[int], tuple[int, int, int], float, float]) -> Steering:
+        order, (away, held, scaled), factor, min_p = drawn
+        return Steering(
+            forbid=tuple(sorted(order[:away])),
+            force=tuple(sorted(order[away : away + held])),
+            scale=tuple((expert, factor) for expert in sorted(order[-scaled:] if scaled else ())),
+            min_p=min_p,
+        )
+
+    shares = st.sampled_from([0.0, 0.0, 0.3, 0.6])
+    return st.tuples(experts, numbers, st.sampled_from([0.0, 0.5, 3.0]), shares).map(of)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(sorted(SPECS)), steerings(), st.integers(0, 99))
+def test_mlx_steers_as_torch_does(name: str, steering: Steering, seed: int) -> None:
+    mx = pytest.importorskip("mlx.core")
+    from moescope.engine import mlx_steering
+
+    spec = SPECS[name]
+    logits, router, vectors = rows(seed, 6)
+    own = SimpleNamespace(**{field: mx.array(vector) for field, vector in vectors.items()})
+    expected = steered(logits, spec, steering, router)
+    found = mlx_steering.steered(mx.array(logits.numpy()), spec, steering, own)
+    assert np.array(found.expert_ids).tolist() == expected.expert_ids.tolist()
+    for field in ("weights", "scores", "score_sum", "entropy", "margin"):
+        mine, theirs = np.array(getattr(found, field)), getattr(expected, field).numpy()
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5, err_msg=field)

@@ -63,7 +63,7 @@ def put_under(interpreter: Any, lane: int, expression: str) -> None:
     if hasattr(interpreter, "set_wiring"):
         interpreter.set_wiring(lane, variant)
     if steered or getattr(interpreter, "intervene", None) is not None:
-        from moescope.engine.torch_steering import steer
+        from moescope.engine.steered_lanes import steer
 
         steer(interpreter, lane, steering_of(expression, interpreter, policies))
 

@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.diagnosis.compare import plain
-from moescope.diagnosis.compare_run import specs_under
 from moescope.diagnosis.decisions import weights_at
-from moescope.diagnosis.forced import CHUNK, LOGITS_BYTES, put_under
+from moescope.diagnosis.forced import CHUNK, LOGITS_BYTES, able, put_under
 from moescope.diagnosis.two_models import Side, check_pair
 from moescope.engine.prompts import check_ids
 from moescope.engine.sampling import Expectation, divergence, expectations
@@ -79,7 +78,9 @@ def climb(a: Side, b: Side, ids: Sequence[int]) -> Ladder:
     routers do not correspond.
     """
     check_pair(a, b)
-    ours, theirs = a.model.interpreter, b.model.interpreter
+    shared = a.model.interpreter is b.model.interpreter
+    ours = able(a.model.interpreter, a.variant, *([b.variant] if shared else []))
+    theirs = ours if shared else able(b.model.interpreter, b.variant)
     if not hasattr(theirs, "set_intervention"):
         raise MoescopeError(
             "replaying routing needs the torch interpreter",
@@ -87,12 +88,11 @@ def climb(a: Side, b: Side, ids: Sequence[int]) -> Ladder:
             code=ExitCode.RESOURCES,
         )
     check_ids(ids, ours.vocab_size, int(a.model.facts.get("context") or len(ids)))
-    first = 1 if ours is theirs else 0
+    first = 1 if shared else 0
     lanes = [first + n for n in range(len(RUNGS))]
-    _open(a, [0], len(ids))
-    _open(b, lanes, len(ids))
-    specs = specs_under(b.model)(b.variant)
-    replay = _Replay(dict(zip(lanes, RUNGS, strict=True)), specs, before=theirs.intervene)
+    _open(ours, a.variant, [0], len(ids))
+    _open(theirs, b.variant, lanes, len(ids))
+    replay = _Replay(dict(zip(lanes, RUNGS, strict=True)), before=theirs.intervene)
     sums = [_Sums() for _ in RUNGS]
     theirs.set_intervention(replay)
     try:
@@ -114,12 +114,11 @@ def climb(a: Side, b: Side, ids: Sequence[int]) -> Ladder:
     return Ladder(_title(a, b, a), _title(a, b, b), len(ids), rungs)
 
 
-def _open(side: Side, lanes: Sequence[int], tokens: int) -> None:
-    interpreter = side.model.interpreter
+def _open(interpreter: Any, variant: str, lanes: Sequence[int], tokens: int) -> None:
     interpreter.open(max(lanes) + 1, tokens)
     for lane in lanes:
         interpreter.truncate(lane, 0)
-        put_under(interpreter, lane, side.variant)
+        put_under(interpreter, lane, variant)
 
 
 def _title(a: Side, b: Side, one: Side) -> str:
@@ -129,8 +128,8 @@ def _title(a: Side, b: Side, one: Side) -> str:
 class _Replay:
     """Executes A's decisions in the lanes of the rungs, and keeps what B decided by itself."""
 
-    def __init__(self, rungs: dict[int, str], specs: Sequence[Any], before: Any) -> None:
-        self.rungs, self.specs, self.before = rungs, specs, before
+    def __init__(self, rungs: dict[int, str], before: Any) -> None:
+        self.rungs, self.before = rungs, before
         self.given: tuple[NDArray[Any], NDArray[Any]] | None = None  # [T, L, K] of this chunk
         self.own: dict[int, NDArray[Any]] = {}  # router -> ids [T, K]
 
@@ -150,7 +149,8 @@ class _Replay:
         else:
             tensors = _vectors(router)
             logits = routing.logits.float().cpu().numpy()
-            weights = weights_at(logits, ids, self.specs[router.index], tensors)
+            spec, _ = call.groups[router.index][0]  # one lane, so one spec
+            weights = weights_at(logits, ids, spec, tensors)
             if rung == "ids":
                 ids, weights = _as_b_ranks(ids, weights)
         return forced_routing(routing, ids, weights)

@@ -9,7 +9,7 @@ Of four selections, those of A and B on their own inputs differ; the other two t
 
 A flip that B's gate alone explains is blamed on a row of it where giving that row the logit of A's
 gate undoes the flip. What routers read is kept by an intervention (`Watched`), so lanes under it
-take no fused step. Works on the torch interpreter. Letters: L routers, E expert classes, K picked.
+take no fused step, and on MLX no compiled one. Letters: L routers, E expert classes, K picked.
 """
 
 from __future__ import annotations
@@ -158,14 +158,14 @@ def flip_of(a: Gates, b: Gates, frames: tuple[Frame, Frame], router: int) -> Fli
     if found not in ("gate", "either"):
         return Flip(router, found)
     original = a.watched.route(router, of_a, read_a)
-    logits = [routing.logits[0].float().cpu().numpy() for routing in (b_on_a, original)]
+    logits = [np.array(routing.logits[0].tolist(), np.float32) for routing in (b_on_a, original)]
     rows = blamed_rows(own, logits[0], logits[1], of_b, b.tensors[router])
     return Flip(router, found, rows)
 
 
 def _like(x: Any, other: Any) -> Any:
     """One model's row where, and as what, the other's are."""
-    return x.to(other.device, other.dtype)
+    return x.to(other.device, other.dtype) if hasattr(x, "to") else x.astype(other.dtype)
 
 
 class Crossing:

@@ -195,8 +195,8 @@ def steering_of(
         return None
     if not hasattr(interpreter, "set_intervention"):
         raise MoescopeError(
-            "steering experts needs the torch interpreter",
-            hint="--device cpu or cuda",
+            "this interpreter cannot steer experts",
+            hint="--device cpu, cuda or mlx",
             code=ExitCode.RESOURCES,
         )
     if variants.parse(variant).rebuilds:

@@ -174,7 +174,7 @@ class Lanes:
             self.interpreter.set_wiring(index, variant)
         runner, number = self._runner(index)
         if steered or getattr(runner, "intervene", None) is not None:
-            from moescope.engine.torch_steering import steer
+            from moescope.engine.steered_lanes import steer
 
             steer(runner, number, steering_of(expression, runner, policies))
 

@@ -28,10 +28,11 @@ from moescope.engine.mlx_policies import InForce, in_force
 from moescope.engine.mlx_states import LaneStates, States
 from moescope.engine.outputs import merged
 from moescope.engine.rewind import Past
+from moescope.engine.steered_lanes import steer, steered_now
 from moescope.engine.steps import K_LIMIT, Policies
 from moescope.errors import ExitCode, MoescopeError
 from moescope.kernels import mlx_ops
-from moescope.kernels.spec import RouterPolicy, RouterSpec
+from moescope.kernels.spec import RouterPolicy, RouterSpec, Routing
 from moescope.kernels.twins import Difference
 from moescope.trace.frames import RecordLevel
 
@@ -78,6 +79,7 @@ class MLXDecoder:
         self.kernels = _kernels(weights, self.compiled, any(metal))
         self.twin = "mlx operators" if any(metal) else ""
         self._slow_router, self._apart = False, Difference()
+        self.intervene: Callable[..., Routing] | None = None
 
     def _here(self) -> None:
         assert threading.get_ident() == self._thread, "MLX arrays stay on the thread that made them"
@@ -119,6 +121,12 @@ class MLXDecoder:
         self._here()
         self._policies.set_shadows([self._specs_of(variant) for variant in policies])
         self._in_force.clear()
+
+    def set_intervention(self, intervene: Callable[..., Routing] | None) -> None:
+        """See, and replace, what every router decides (`Call.intervene`); None: no longer. Nothing
+        compiled runs meanwhile."""
+        self._here()
+        self.intervene = intervene
 
     def _specs_of(self, policies: Sequence[RouterPolicy]) -> list[RouterSpec]:
         assert len(policies) == len(self.routers), "one policy per router"
@@ -162,7 +170,7 @@ class MLXDecoder:
     def _remember(self, lane: int, ids: list[int]) -> None:
         """What a lane was fed, and now and then what its operators hold."""
         past = self._pasts[lane]
-        past.fed(ids, self._policies.specs[lane])
+        past.fed(ids, (self._policies.specs[lane], steered_now(self, lane)))
         if past.wants_snapshot(len(ids)):
             saved = self._states.save(lane)
             past.save(saved, sum(array.nbytes for array in saved))
@@ -173,13 +181,15 @@ class MLXDecoder:
         start = past.nearest(length)
         self._states.restore(lane, past.snapshots[start] if start else None)
         self._lengths[lane] = start
-        now = self._policies.specs[lane]
-        for ids, specs in past.spans(start, length):
+        now = self._policies.specs[lane], steered_now(self, lane)
+        for ids, (specs, steered) in past.spans(start, length):
             self._policies.set(lane, specs)
+            steer(self, lane, steered)
             self._in_force.clear()
             self._run((lane,), np.array([ids], np.int64), False, "ids")
             self._lengths[lane] += len(ids)
-        self._policies.set(lane, now)
+        self._policies.set(lane, now[0])
+        steer(self, lane, now[1])
         self._in_force.clear()
         past.cut(length)
 
@@ -251,7 +261,8 @@ class MLXDecoder:
         self, lanes: tuple[int, ...], ids: NDArray[np.int64], all_logits: bool, record: RecordLevel
     ) -> StepOutput:
         policies = self._policies_of(lanes)
-        static, inputs = self._prepared(lanes, ids, policies, all_logits, record == "logits")
+        keep_logits = record == "logits" or self.intervene is not None
+        static, inputs = self._prepared(lanes, ids, policies, all_logits, keep_logits)
         step = self._step(static)
         # The caches are handed over, so that they are written to where they lie.
         states = self._states.taken()
@@ -304,6 +315,9 @@ class MLXDecoder:
 
     def _step(self, static: ops.Static) -> Step:
         """What runs a call of this shape; compiled where single tokens are."""
+        if self.intervene is not None:
+            starts = tuple(self._lengths[lane] for lane in static.lanes)
+            return partial(self.forward, static, intervene=self.intervene, starts=starts)
         step: Step = partial(self._traced, static)
         if static.tokens > 1 or not self.compiled:
             return step

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -86,12 +87,19 @@ class Forward:
         return cos, sin
 
     def __call__(
-        self, static: ops.Static, ids: mx.array, positions: mx.array, rows: mx.array, states: States
+        self,
+        static: ops.Static,
+        ids: mx.array,
+        positions: mx.array,
+        rows: mx.array,
+        states: States,
+        **watched: Any,
     ) -> tuple[list[mx.array], States]:
         """ids, positions [R], rows [L, R, P, WIDTH] -> next-token logits, what the routers decided
-        and, where their slow twin did, the kernel beside it; and the state after it."""
+        and, where their slow twin did, the kernel beside it; and the state after it. `watched`:
+        `intervene` and `starts` of the `Call`."""
         spec, state = self.spec, iter(states)
-        call = ops.Call(static, ids, positions, rows, self._rotations(static, positions))
+        call = ops.Call(static, ids, positions, rows, self._rotations(static, positions), **watched)
         x = self.embed.take(ids)  # [R, H]
         if spec.embedding_scale != 1.0:
             x = x * mx.array(spec.embedding_scale, x.dtype)

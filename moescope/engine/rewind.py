@@ -1,7 +1,7 @@
 """Going back in a lane whose operators rewrite their state: what it was fed, and snapshots.
 
 Attention forgets a token by forgetting its row of the cache; a recurrent state has to be restored
-from a snapshot, and what was fed since then fed again, under the router specs then in force. This
+from a snapshot, and what was fed since then fed again, under what the lane then ran under. This
 keeps both, bounded in bytes; the interpreter saves, restores and feeds.
 """
 
@@ -23,12 +23,13 @@ class Past:
     it; before the first token the state is that of a fresh lane, which needs none."""
 
     ids: list[int] = field(default_factory=list)
-    specs: list[tuple[int, Any]] = field(default_factory=list)  # in force from a position on
+    # from a position on: the specs in force, and what was steered
+    specs: list[tuple[int, Any]] = field(default_factory=list)
     snapshots: dict[int, Any] = field(default_factory=dict)
 
     def fed(self, ids: list[int], specs: Any) -> None:
         """`ids` were fed under `specs`."""
-        if not self.specs or self.specs[-1][1] is not specs:
+        if not self.specs or self.specs[-1][1] != specs:
             self.specs.append((len(self.ids), specs))
         self.ids += ids
 

@@ -25,6 +25,7 @@ from moescope.engine.operators import MoE, Rope, RoutedAttention, rotary_embeddi
 from moescope.engine.outputs import merged
 from moescope.engine.rewind import Past
 from moescope.engine.router_twins import RouterTwins, backend_of
+from moescope.engine.steered_lanes import steer, steered_now
 from moescope.engine.steps import K_LIMIT, Policies, Shared, Step, fused_step
 from moescope.engine.torch_operators.record import collect
 from moescope.errors import ExitCode, MoescopeError
@@ -313,7 +314,7 @@ class TorchDecoder:
     def _remember(self, lane: int, ids: list[int]) -> None:
         """What a lane was fed, and now and then what its operators hold."""
         past = self._pasts[lane]
-        past.fed(ids, self.policies.specs[lane])
+        past.fed(ids, (self.policies.specs[lane], steered_now(self, lane)))
         if past.wants_snapshot(len(ids)):
             saved = [operator.save(lane) for operator in self._recurrent]
             past.save(saved, sum(part.nbytes for parts in saved for part in parts))
@@ -326,13 +327,15 @@ class TorchDecoder:
         for number, operator in enumerate(self._recurrent):
             operator.restore(lane, past.snapshots[start][number] if start else None)
         self._lengths[lane] = start
-        now = self.policies.specs[lane]
-        for ids, specs in past.spans(start, length):
+        now = self.policies.specs[lane], steered_now(self, lane)
+        for ids, (specs, steered) in past.spans(start, length):
             self.policies.specs[lane] = specs
+            steer(self, lane, steered)
             self._groups.clear()
             self._run((lane,), np.array([ids], np.int64), False, "ids")
             self._lengths[lane] += len(ids)
-        self.policies.specs[lane] = now
+        self.policies.specs[lane], steered = now
+        steer(self, lane, steered)
         self._groups.clear()
         past.cut(length)
 

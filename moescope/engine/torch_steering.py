@@ -1,7 +1,5 @@
-"""Executing steering (`moescope.variants.steering`) in the torch interpreter, lane by lane.
-
-An intervention in every router (`Call.intervene`): rows of a steered lane are routed again from the
-logits that the gate gave, with a bias on the choice, and their weights are then scaled or left out.
+"""Executing steering (`moescope.variants.steering`) on torch tensors; who is steered is in
+`steered_lanes.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moescope.engine.lane import Steered
 from moescope.kernels.spec import RouterSpec, Routing
 from moescope.kernels.torch_ops import route_torch
 from moescope.variants.steering import Steering
@@ -22,45 +19,11 @@ _ROWS = ("expert_ids", "scores", "weights")  # [R, K]; the others are [R]
 _NUMBERS = ("score_sum", "mass", "entropy", "margin", "runner_up")
 
 
-def steer(interpreter: Any, lane: int, steered: Steered | None) -> None:
-    """From the next call on, steer `lane` as `lane.steering_of` says; None: no longer."""
-    steerer = _held(interpreter)
-    if steered is None:
-        if steerer is not None and lane in steerer.lanes:
-            del steerer.lanes[lane]
-            if not steerer.lanes and interpreter.intervene is steerer:
-                interpreter.set_intervention(None)
-        return
-    if steerer is None:
-        steerer = Steerer()
-        interpreter.set_intervention(steerer)
-    steerer.lanes[lane] = steered
-
-
-def _held(interpreter: Any) -> Steerer | None:
-    """The steerer in force, also behind an observer."""
-    found = getattr(interpreter, "intervene", None)
-    while found is not None and not isinstance(found, Steerer):
-        found = getattr(found, "before", None)
-    return found
-
-
-class Steerer:
-    """Steered lanes: per router what is steered, and the spec in force."""
-
-    def __init__(self) -> None:
-        self.lanes: dict[int, Steered] = {}
-
-    def __call__(self, router: Any, x: Tensor, routing: Routing, call: Any) -> Routing:
-        for lane, _, rows in call.spans():
-            if lane not in self.lanes:
-                continue
-            steerings, specs = self.lanes[lane]
-            steering, spec = steerings[router.index], specs[router.index]
-            if steering is not None:
-                part = steered(routing.logits[rows], spec, steering, router)
-                routing = _placed(routing, part, rows)
-        return routing
+def execute(
+    routing: Routing, rows: slice, spec: RouterSpec, steering: Steering, router: Any
+) -> Routing:
+    """`routing` with `rows` of it steered; see `steered`."""
+    return _placed(routing, steered(routing.logits[rows], spec, steering, router), rows)
 
 
 def steered(logits: Tensor, spec: RouterSpec, steering: Steering, router: Any) -> Routing:

@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 
 from moescope import cli
+from moescope.diagnosis.check import check
+from moescope.diagnosis.forced import forced
+from moescope.diagnosis.golden import record_golden
 from moescope.diagnosis.ladder import RUNGS, Ladder, Rung, climb, forced_routing
 from moescope.diagnosis.two_models import Side
 from moescope.engine.opening import open_model
-from moescope.engine.protocol import LoadRequest
+from moescope.engine.protocol import Generate, LoadRequest, Sampling
+from moescope.engine.recording import trace_meta
+from moescope.engine.session import Session
 from moescope.errors import ExitCode, MoescopeError
+from moescope.trace.memory import MemoryTrace
 from tests.engine.fake import fake
 from tests.tiny import save_checkpoint, tiny_model
 
@@ -164,3 +170,50 @@ def test_on_the_command_line(capsys: Any, place: Path, base: Any) -> None:
     assert math.isclose(ladder["rungs"][-1]["kl_max"], 0, abs_tol=1e-9)
     assert cli.run(arguments) == 0
     assert "of the mean KL: the choice of experts" in capsys.readouterr().out
+
+
+# --- decoders that are rewired --------------------------------------------------------------------
+
+
+def test_a_rewired_gate_is_routing_and_nothing_else(base: Any) -> None:
+    ladder = climb(Side(*base), Side(*base, "gate_rows_shifted"), base[1].encode(TEXT))
+    found = rungs(ladder)
+    assert found["own routing"].kl_mean > 0.01 and found["own routing"].same_experts < 0.5
+    assert found["ids and weights"].kl_max == pytest.approx(0, abs=1e-9)
+    shares = ladder.shares
+    assert shares is not None and shares["rest"] == pytest.approx(0, abs=1e-9)
+
+
+def test_permuted_experts_are_left_when_the_routing_is_the_same(base: Any) -> None:
+    ladder = climb(Side(*base), Side(*base, "experts_shifted"), base[1].encode(TEXT))
+    assert ladder.shares is not None and ladder.shares["rest"] > 0.5
+
+
+def test_both_sides_may_be_rewired(base: Any) -> None:
+    side = Side(*base, "experts_shifted")
+    ladder = climb(side, side, base[1].encode(TEXT))
+    assert ladder.rungs[0].kl_max == pytest.approx(0, abs=1e-9) and ladder.shares is None
+
+
+@pytest.mark.parametrize("variant", ["gate_rows_reversed", "experts_shifted@1-2"])
+def test_a_rewired_model_is_fed_as_its_lane_runs(base: Any, variant: str) -> None:
+    model, tokenizer = base
+    ids = tokenizer.encode(TEXT)
+    session = Session(model, tokenizer, variants=(variant,))
+    request = Generate(prompt_ids=tuple(ids), sampling=Sampling(max_new_tokens=0))
+    frames = list(session.generate(request))
+    fed = forced(model, ids, variant=variant)
+    assert (np.stack([frame.expert_ids for frame in frames]) == fed.expert_ids).all()
+    weights = np.stack([frame.weights for frame in frames])
+    np.testing.assert_allclose(weights, fed.weights, atol=1e-6)
+    trained = forced(model, ids)
+    assert (fed.expert_ids != trained.expert_ids).any()
+
+
+def test_a_golden_of_a_rewired_model(base: Any) -> None:
+    model, tokenizer = base
+    golden = MemoryTrace(trace_meta(model, tokenizer))
+    record_golden(model, tokenizer, golden, variant="gate_rows_shifted", new_tokens=4)
+    assert check(model, golden, variant="gate_rows_shifted").passed
+    result = check(model, golden)
+    assert not result.passed and {f.layer for f in result.findings} >= {0}

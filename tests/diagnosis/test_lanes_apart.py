@@ -155,5 +155,64 @@ def test_what_cannot_be_steered_is_refused_and_changes_nothing(qwen: Any) -> Non
         session.set_shadows(["trained with forbid=1"])
     from tests.engine.fake import fake
 
-    with pytest.raises(MoescopeError, match="torch interpreter"):
+    with pytest.raises(MoescopeError, match="cannot steer"):
         Session(fake(), None, variants=["trained with forbid=1"])
+
+
+# --- forks ----------------------------------------------------------------------------------------
+
+LONG = Generate(prompt_ids=REQUEST.prompt_ids, sampling=Sampling(max_new_tokens=9))
+STEERED = ("trained with forbid=0+1", "trained with scale=2*0.25,force=3")
+HISTORIES = (  # what the lane runs under at first, and from token 8 on
+    ("trained", "trained"),
+    (STEERED[0], STEERED[0]),
+    ("trained", STEERED[0]),
+    (STEERED[0], STEERED[1]),
+)
+
+
+def forked(model: Any, history: tuple[str, str], expression: str, at: int) -> list[Frame]:
+    """A lane forked at token `at` from one that is fed 12 tokens under `history`."""
+    session, found = Session(model, None, variants=history[:1]), list[Frame]()
+    session.start(LONG)
+    while session.running:
+        found += session.step()
+        if session.lanes[0].fed == 8:
+            session.set_variant(0, history[1])
+        if session.lanes[0].fed == 12 and len(session.lanes) == 1:
+            session.add_lane(expression, 0, at)
+    model.interpreter.set_intervention(None)
+    return [frame for frame in found if frame.lane == 1]
+
+
+def switched(model: Any, history: tuple[str, str], expression: str, at: int) -> list[Frame]:
+    """One lane that turns to `expression` at token `at`, having run under `history`."""
+    session, found = Session(model, None, variants=history[:1]), list[Frame]()
+    session.start(LONG)
+    while session.running:
+        found += session.step()
+        if session.lanes[0].fed == 8 < at:
+            session.set_variant(0, history[1])
+        if session.lanes[0].fed == at:
+            session.set_variant(0, expression)
+    model.interpreter.set_intervention(None)
+    return [frame for frame in found if frame.position >= at]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "lfm2_moe"])
+@pytest.mark.parametrize("history", HISTORIES, ids=lambda history: " then ".join(history))
+def test_a_fork_is_what_one_lane_would_be(
+    family: str, history: tuple[str, str], folder: Path
+) -> None:
+    """Also where state cannot be cut and the tokens before the fork are fed again."""
+    model = model_of(family, folder)
+    for expression, at in ((STEERED[1], 9), ("num_experts_per_tok-1", 10)):
+        beside = forked(model, history, expression, at)
+        alone = switched(model, history, expression, at)
+        assert [f.position for f in beside] == [f.position for f in alone] == [*range(at, 15)]
+        assert [f.token_id for f in beside] == [f.token_id for f in alone]
+        for a, b in zip(beside, alone, strict=True):
+            assert a.variant == b.variant
+            K = b.expert_ids.shape[1]  # a lane beside it may pick more
+            assert (a.expert_ids[:, :K] == b.expert_ids).all() and (a.expert_ids[:, K:] < 0).all()
+            np.testing.assert_allclose(a.weights[:, :K], b.weights, atol=1e-5)

@@ -7,8 +7,9 @@ K picked, D head width, S keys in sight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
@@ -56,6 +57,16 @@ class Call:
     read: mx.array | None = None
     taps: dict[str, mx.array] = field(default_factory=dict)
     choice: mx.array | None = None  # what the last indexer let every row see [R, S]; None: all
+    # sees each router, what it read [R, H] and its routing [R, P, ...], and gives the routing to
+    # execute; never in a compiled step. `starts` of the lanes are known then.
+    intervene: Callable[[Any, mx.array, Routing, Call], Routing] | None = None
+    starts: tuple[int, ...] = ()
+
+    def spans(self) -> Iterator[tuple[int, int, slice]]:
+        """(lane, start, its rows) of every lane."""
+        tokens = self.static.tokens
+        for n, (lane, start) in enumerate(zip(self.static.lanes, self.starts, strict=True)):
+            yield lane, start, slice(n * tokens, (n + 1) * tokens)
 
     @property
     def decodes(self) -> bool:

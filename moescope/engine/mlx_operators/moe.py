@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
+import numpy as np
 
 from moescope.engine.mlx_operators.common import DTYPES, Call, Stateless, Weights
 from moescope.engine.mlx_operators.experts import MLXExperts
@@ -15,8 +16,8 @@ from moescope.engine.mlx_operators.mlp import MLXMLP
 from moescope.engine.mlx_operators.norms import make_norm
 from moescope.engine.operators import MoE, RoutedAttention
 from moescope.kernels.mlx_ops import route_mlx
-from moescope.kernels.policy_rows import COLUMN
-from moescope.kernels.spec import Routing
+from moescope.kernels.policy_rows import COLUMN, pack
+from moescope.kernels.spec import RouterSpec, Routing
 
 
 class MLXRouter:
@@ -55,9 +56,24 @@ class MLXRouter:
         if self.network is not None:
             x = self.network(x, call)
         routing = self._routed(x.astype(self.dtype), rows, call)
+        if call.intervene is not None:
+            routing = call.intervene(self, x, routing, call)
         call.routings.append(routing)
         K = static.picks[self.index]
         return routing.expert_ids[:, 0, :K], routing.weights[:, 0, :K]
+
+    def route(self, x: mx.array, spec: RouterSpec, call: Call) -> Routing:
+        """What this router decides under `spec` for rows its gate reads as `x` [R, H]: arrays
+        [R, ...], with the logits."""
+        bits = spec.policy.gate_quant_bits
+        return route_mlx(
+            self._gate(bits)(x.astype(self.dtype), self.bias),
+            mx.array(pack(spec, gate=bits)[None].astype(np.float32)),
+            spec.K,
+            correction_bias=self.correction_bias,
+            per_expert_scale=self.per_expert_scale,
+            keep_logits=True,
+        )
 
     def scaled(self, out: mx.array, call: Call) -> mx.array:
         """What is routed [R, H], times the factor that the policy in force has for it."""
