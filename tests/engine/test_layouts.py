@@ -30,6 +30,7 @@ HUB = "mlp.experts.0.gate_proj.weight"
 FUSED, LINEAR = "mlp.experts.gate_up_proj", "block_sparse_moe.input_linear.weight"
 LETTERS = "block_sparse_moe.experts.0.w1.weight"
 HUB_EXPERTS = {
+    "aria_text": "mlp.experts.fc1.weight",
     "dbrx": "ffn.experts.mlp.w1",
     "gemma4_text": "experts.gate_up_proj",
     "gpt_oss": FUSED,

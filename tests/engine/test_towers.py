@@ -34,6 +34,7 @@ WHOLES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral3": ("Mistral3ForConditionalGeneration", "mistral4", {}),
     "kimi_k25": ("Kimi_K25ForConditionalGeneration", "deepseek_v3", {}),
     "minimax_m3_vl": ("MiniMaxM3SparseForConditionalGeneration", "minimax_m3_vl_text", {}),
+    "aria": ("AriaForConditionalGeneration", "aria_text", {}),
     "step3p7": ("Step3p7ForConditionalGeneration", "step3p5", {}),
     "glm4v_moe": (
         "Glm4vMoeForConditionalGeneration",

@@ -62,6 +62,11 @@ TRANSPOSED = ExpertLayout(
     gate_up=In("experts.gate_up_proj", "transposed"),
     down=In("experts.down_proj", "transposed"),
 )
+FC = ExpertLayout(
+    "hub, stacked experts, transposed",
+    gate_up=In("experts.fc1.weight", "transposed"),
+    down=In("experts.fc2.weight", "transposed"),
+)
 MLX_BARE = _each("mlx-lm, stacked experts", "experts", *_PROJ)
 FUSED = ExpertLayout(
     "transformers 5, fused experts",
