@@ -6,11 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.segment import Segment
+from textual.app import App, ComposeResult
+from textual.filter import Monochrome
 from textual.geometry import Region
 
 from moescope.trace.memory import MemoryTrace
 from moescope.ui.app import MoescopeApp
+from moescope.ui.screens.main import MainScreen
 from moescope.ui.screens.token import LayersTable, TokenScreen
+from moescope.ui.text import cells, in_turn
 from moescope.ui.watch import watch_source
 from moescope.ui.widgets.expert_map import ExpertMap
 from moescope.ui.widgets.layer_panel import LayerPanel
@@ -361,3 +366,86 @@ async def test_what_stays_is_neither_filtered_nor_drawn_again() -> None:
         after = token.render_lines(token.region.size.region)
         assert "another name" in after[0].text and len(after) == whole.height + 2
         assert all(a is b for a, b in zip(before[1:], after[1:], strict=True))
+
+
+def drawn(main: MainScreen) -> dict[str, list[list[Segment]]]:
+    """Every panel that is shown, as it would be written now."""
+    panels = [panel for panel in main.query(Panel) if panel.size.height]
+    assert len(panels) > 5
+    return {
+        str(panel.id): [strip._segments for strip in panel.render_lines(panel.outer_size.region)]
+        for panel in panels
+    }
+
+
+def anew(main: MainScreen) -> None:
+    """Forget every line, and what filters made of it."""
+    in_turn.cache_clear()
+    for panel in main.query(Panel):
+        panel._strips.clear()
+        panel._styles_cache.clear()
+
+
+async def test_lines_that_stay_are_what_filtering_anew_would_give() -> None:
+    """Along tokens, and after what changes filters or colours: a theme, and no colour at all."""
+    async with replaying(row=50) as (main, pilot):
+        app = main.app
+        before: dict[str, list[list[Segment]]] = {}
+        steps = (
+            *(lambda: main.look.move_token(1), lambda: main.look.move_router(1)),
+            *(lambda: setattr(app, "theme", "textual-light"), lambda: main.look.move_token(-3)),
+            *(lambda: app._filters.append(Monochrome()), lambda: main.look.move_token(2)),
+            lambda: setattr(app, "theme", "textual-dark"),
+        )
+        for number, step in enumerate(steps):
+            step()
+            main.draw()
+            await pilot.pause()
+            app.screen.refresh(layout=number == 4)  # what a change of filters asks for
+            await pilot.pause()
+            kept = drawn(main)
+            anew(main)
+            assert drawn(main) == kept != before, number
+            before = kept
+
+
+@pytest.mark.parametrize("width", range(1, 13))
+async def test_a_title_that_changes_stands_as_if_it_had_always_been_there(width: int) -> None:
+    names = [
+        ("layers", "7 tokens"),
+        ("a long title", ""),
+        ("", "note"),
+        ("ab", "c"),
+        ("宽宽宽", ""),
+    ]
+
+    class Titled(Panel[tuple[str, str]]):
+        def labels(self, data: tuple[str, str]) -> tuple[str, str]:
+            return data
+
+    class Bare(App[None]):
+        def compose(self) -> ComposeResult:
+            yield Titled(id="first")
+
+    def edge(panel: Titled) -> str:
+        (strip,) = panel.render_lines(Region(0, 0, width, 1))
+        assert strip.cell_length == width
+        return strip.text
+
+    async with Bare().run_test(size=(width, 4)) as pilot:
+        panel = pilot.app.query_one(Titled)
+        for name in names:
+            panel.show(name)
+            await pilot.pause()
+            changed = edge(panel)
+            panel.display = False
+            fresh = Titled()
+            await pilot.app.mount(fresh)
+            fresh.show(name)
+            await pilot.pause()
+            assert edge(fresh) == changed
+            await fresh.remove()
+            panel.display = True
+            await pilot.pause()
+            needed = 6 + sum(map(cells, name)) + (3 if name[1] else 0)
+            assert all(part in changed for part in name) or width < needed
