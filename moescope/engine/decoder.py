@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from moescope.engine.operators import MoE, Norm, Operator, RoutedAttention, check_sizes
+from moescope.engine.operator_sizes import check_sizes
+from moescope.engine.operators import MoE, Norm, Operator, RoutedAttention
 from moescope.kernels.spec import RouterSpec
 
 RESIDUAL = "residual"
