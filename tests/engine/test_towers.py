@@ -35,6 +35,8 @@ WHOLES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "kimi_k25": ("Kimi_K25ForConditionalGeneration", "deepseek_v3", {}),
     "minimax_m3_vl": ("MiniMaxM3SparseForConditionalGeneration", "minimax_m3_vl_text", {}),
     "aria": ("AriaForConditionalGeneration", "aria_text", {}),
+    "internvl": ("InternVLForConditionalGeneration", "qwen3_moe", {}),
+    "nemotron_h_omni": ("NemotronH_Omni_Reasoning_V3", "nemotron_h", {}),
     "step3p7": ("Step3p7ForConditionalGeneration", "step3p5", {}),
     "glm4v_moe": (
         "Glm4vMoeForConditionalGeneration",

@@ -40,7 +40,6 @@ NAMES: Names = {
     ),
     "layers.{n}.mlp.experts": (STACKED, FUSED, SWITCH_MLP),
     "layers.{n}.mlp.shared_expert": ("..share_expert", ".share_expert", ".shared_experts"),
-    "unread": ("vit_large_projector.*",),
 }
 _SAME = {
     "num_attention_groups": "num_key_value_heads",
