@@ -1,7 +1,8 @@
 """Two lanes of up to eight side by side: texts with the point where they part, experts that differ,
 layer by layer why and by how much, and how far they agree.
 
-News come from the main screen's own loop, so pausing and pace work the same; this only draws.
+News come from the main screen's own loop, so pausing and pace work the same; this only draws. What
+keys do is in `CompareKeys`.
 """
 
 from __future__ import annotations
@@ -10,19 +11,17 @@ from typing import TYPE_CHECKING
 
 from textual.app import ComposeResult
 from textual.containers import Horizontal
-from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Footer
 
-from moescope.engine import protocol as p
-from moescope.ui import compare_layers, compare_view, keys, view
+from moescope.ui import compare_layers, compare_view, view
 from moescope.ui.cells import Cells
 from moescope.ui.compare_room import ALL, TEXT_ROWS, Room, room_for
 from moescope.ui.compare_view import FED_ALIKE, FREE, Pair
 from moescope.ui.history import Lane
 from moescope.ui.panels import TranscriptData
 from moescope.ui.routers import TRAINED, RouterTable
-from moescope.ui.screens.dialogs import AskScreen
+from moescope.ui.screens.compare_keys import CompareKeys
 from moescope.ui.text import gap
 from moescope.ui.widgets.agreement_panel import AgreementPanel
 from moescope.ui.widgets.compare_panels import GatePanel, LanesBar, LayersPanel
@@ -39,11 +38,9 @@ UNASKED = TranscriptData((), None, True, 0, "press i to type a prompt for all la
 ASIDE = 64  # tokens of a lane that is not shown, compared in one beat
 
 
-class CompareScreen(Screen[None]):
+class CompareScreen(CompareKeys):
     """Lanes by letter; `shown` are the two whose texts stand there."""
 
-    KEYS = "compare"
-    BINDINGS = keys.bindings("compare")
     AUTO_FOCUS = ""
 
     def __init__(self, main: MainScreen) -> None:
@@ -275,105 +272,3 @@ class CompareScreen(Screen[None]):
                 self._whys.clear()
             self._whys[key] = compare_layers.causes_at(pair.table, history, pair.a, pair.b, row)
         return self._whys[key]
-
-    # --- keys
-
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        live_only = ("same_tokens", "add_lane", "prompt", "rerun", "stop")
-        return not (action in live_only and self.subject.mode == "replay")
-
-    def action_pause(self) -> None:
-        self.main.action_pause()
-
-    def action_stop(self) -> None:
-        self.main.action_stop()
-
-    def action_rerun(self) -> None:
-        self.main.action_rerun(False)
-
-    def action_follow(self) -> None:
-        self.main.action_follow()
-        self.draw()
-
-    def action_token(self, by: int) -> None:
-        self.main.action_token(by)
-        self.draw()
-
-    def action_layer(self, by: int) -> None:
-        self.look.move_router(by)
-        self.draw()
-
-    def action_difference(self, by: int) -> None:
-        at = None
-        if self.pair is not None:
-            at = compare_view.next_difference(self.pair, self.look.at, by)
-        if at is None:
-            self.notify("no further difference", timeout=3)
-        else:
-            self.look.seek(at)
-        self.draw()
-
-    def action_first(self) -> None:
-        """To the first flip on the same tokens: its token and its layer."""
-        found = self.pair.comparison.first_divergence if self.pair is not None else None
-        at = self.pair.a.row_of(found.position) if found is not None and self.pair else None
-        if found is None or at is None:
-            self.notify("the same experts everywhere, on the same tokens", timeout=3)
-        else:
-            self.look.seek(at, following=False)
-            self.look.router = found.router
-        self.draw()
-
-    def action_same_tokens(self) -> None:
-        """Feed every lane A's text, or let each write its own; from the prompt on."""
-        self.subject.same_tokens = not self.subject.same_tokens
-        self.subject.send(p.SameTokens(self.subject.same_tokens))
-        if self.subject.generate is not None:
-            self.main.action_rerun(False)
-        self.draw()
-
-    def action_swap(self) -> None:
-        self.shown = (self.shown[1], self.shown[0])
-        self.draw()
-
-    def action_other(self) -> None:
-        others = [n for n in self.numbers() if n != self.shown[0]]
-        if others:
-            later = [n for n in others if n > self.shown[1]]
-            self.shown = (self.shown[0], later[0] if later else others[0])
-        self.draw()
-
-    def action_mode(self) -> None:
-        views = self.room.views
-        self.view = views[(views.index(self.view) + 1) % len(views)]
-        self.place()
-        self.draw()
-
-    def action_add_lane(self) -> None:
-        if len(self.subject.lanes) >= p.MAX_LANES:
-            self.notify("no further lane can be opened here", timeout=4)
-            return
-        hint = "a variant: num_experts_per_tok=4   always_renormalised"
-        mine, other = (self.table_of(number).model for number in self.shown)
-        title = f"a lane of {mine}" + (f" · x first: of {other}" if mine != other else "")
-        title = title if mine else "a lane"
-        self.app.push_screen(AskScreen(title, hint, check=self.look.add_variant), self._add)
-
-    def _add(self, expression: str | None) -> None:
-        if expression is not None:
-            history = self.subject.history
-            model = 0 if history is None else history.models.get(self.shown[0], 0)
-            self.subject.send(p.AddLane(expression, model=model))
-            self.main.action_rerun(False)
-
-    def action_prompt(self) -> None:
-        hint = "what all lanes continue"
-        self.app.push_screen(AskScreen("prompt", hint), self._ask)
-
-    def _ask(self, prompt: str | None) -> None:
-        if prompt:
-            self.main.ask(prompt)
-            self.draw()
-
-    def action_leave(self) -> None:
-        self.dismiss(None)
