@@ -89,7 +89,8 @@ class TraceMeta:
 @dataclass(frozen=True, slots=True)
 class TraceEvent:
     """Something that happened beside the tokens: kinds are `prompt`, `variant`, `fork`, `turn`,
-    `pieces` (token id -> text, for ids first seen here), `error`, `note`, `finished`."""
+    `pieces` (token id -> text, for ids first seen here), `error`, `note`, `finished`, and `flips`
+    (why this lane chose otherwise than lane 0, where gates differ: `engine/crossed.py`)."""
 
     kind: str
     data: dict[str, Any]
