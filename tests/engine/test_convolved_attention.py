@@ -244,6 +244,19 @@ def test_configs_that_are_of_something_else_are_refused(edits: dict[str, Any], s
         families.build({**PUBLISHED["zaya"], **edits})
 
 
+def test_a_convolution_of_other_channels_is_told_by_its_rows(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = harness.write(PLAIN, tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.1.self_attn.qkv_proj.conv_qk_grouped.weight"
+    for shape, says in (((95, 16, 2), "95 rows"), ((96, 16, 3), "3 taps"), ((96, 16), "3 dim")):
+        wrong = {**tensors, name: torch.zeros(shape)}
+        save_file(wrong, path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(MoescopeError, match=says):
+            harness.load(path)
+
+
 def test_a_published_config_in_words() -> None:
     spec = families.build(PUBLISHED["zaya"])
     assert layer_words(spec.layers[3]) == (

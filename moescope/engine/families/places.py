@@ -289,6 +289,9 @@ def _no_float(name: str, info: Held) -> Exception:
     )
 
 
+_AXES = ("rows", "columns", "taps")
+
+
 def _misfit(slot: Slot, piece: Piece, info: Held, keys: Mapping[str, str]) -> Exception:
     """The words of a shape that does not fit: which key of the config says otherwise."""
     found, expected = tuple(info.shape), piece.stored_shape
@@ -310,7 +313,8 @@ def _misfit(slot: Slot, piece: Piece, info: Held, keys: Mapping[str, str]) -> Ex
     says = slot.says[-len(expected) :] if slot.per_expert else slot.says
     axis = next(i for i, size in enumerate(found) if size != expected[i])
     key = keys.get(says[axis], says[axis])
-    kind = ("rows", "columns")[axis] if len(found) <= 2 else ("experts", "rows", "columns")[axis]
+    words = ("experts", *_AXES) if slot.per_expert and len(found) > 2 else _AXES
+    kind = words[axis]
     return bad(
         f"config.json says {key} {expected[axis]}; {where}{leaf} has {found[axis]} {kind} "
         f"({shard})",

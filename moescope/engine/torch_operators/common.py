@@ -42,7 +42,8 @@ class Call:
     taps: dict[str, Tensor] = field(default_factory=dict)  # of the layer that runs
     # per lane what the last indexer let its tokens see [T, S]; None: all. One list for all devices.
     choices: list[Tensor | None] = field(default_factory=list)
-    # sees each router, what it read [R, H] and its routing, and gives the routing to execute
+    # sees each router, what its gate read [R, columns of the gate] and its routing, and gives the
+    # routing to execute
     intervene: Callable[[Any, Tensor, Routing, Call], Routing] | None = None
 
     def spans(self) -> Iterator[tuple[int, int, slice]]:
