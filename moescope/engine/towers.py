@@ -19,11 +19,9 @@ _DEPTH = 2
 # the head of a composite model by its outermost config.
 _OF_ALL = ("tie_word_embeddings",)
 
-# Text types that are a family's under another name, and what they leave unsaid in its words. Their
-# positions have several axes; in text all are equal, which is the family's own rope.
-_SAME: dict[str, tuple[str, dict[str, Any]]] = {
-    "glm4v_moe_text": ("glm4_moe", {}),
-}
+# Types that are a family's under another name. Positions of GLM-4.5V's text have several axes; in
+# text all are equal, which is the family's own rope.
+_SAME = {"glm4v_moe_text": "glm4_moe", "joyai_llm_flash": "deepseek_v3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +46,15 @@ class Text:
 def text_of(config: Mapping[str, Any], supported: Container[str]) -> Text | None:
     """The first text model of a `supported` type, the whole before its parts; None without one."""
     whole = Fields(config).str("model_type")
-    if whole in supported:
-        return Text(Fields(config), whole)
+    if (found := _SAME.get(whole, whole)) in supported:
+        return Text(Fields({**config, "model_type": found}), found)
     for place, inner in _parts(config, "", _DEPTH):
         named = inner.get("model_type")
         if not isinstance(named, str):
             continue
-        found, unsaid = (named, {}) if named in supported else _SAME.get(named, ("", {}))
-        if found in supported:
+        if (found := _SAME.get(named, named)) in supported:
             of_all = {key: config[key] for key in _OF_ALL if key in config}
-            values = {**inner, **unsaid, **of_all, "model_type": found}
+            values = {**inner, **of_all, "model_type": found}
             return Text(Fields(values, prefix=place), found, named, whole)
     return None
 

@@ -139,6 +139,16 @@ def test_dense_layers_of_qwen() -> None:
         ("openai_privacy_filter", {"num_local_experts": 8}, "openai_privacy_filter: labels tokens"),
         ("dots3_note", {"text_config": {"model_type": "x"}}, "dots3_note: latent attention in"),
         ("deepseek_ocr2", {"text_config": {}}, "deepseek_ocr2: reads text off images; images are"),
+        (
+            "bailing_hybrid",
+            {"num_experts": 8, "architectures": ["BailingMoeV2_5ForCausalLM"]},
+            "config.json: architectures: expected BailingMoeV3ForCausalLM: lightning attention is",
+        ),
+        (
+            "bailing_hybrid",
+            {"num_experts": 8, "group_norm_size": 4},
+            "config.json: group_norm_size: expected nothing: lightning attention is not impl",
+        ),
         ("phixtral", {"num_local_experts": 4}, "phixtral: blocks of attention beside experts"),
         ("my_vl_moe", {"text_config": {"num_experts": 8}}, "my_vl_moe: not supported"),
         ("llama", {}, "llama: no experts in config: nothing to route"),
@@ -150,6 +160,13 @@ def test_other_model_types_are_refused_by_name(
     model_type: str, extra: dict[str, Any], says: str
 ) -> None:
     assert refused({"model_type": model_type, **extra}).message.startswith(says)
+
+
+def test_a_family_under_another_name() -> None:
+    config = PUBLISHED["deepseek_v3"]
+    renamed = {**config, "model_type": "joyai_llm_flash"}
+    assert families.build(renamed) == families.build(config)
+    assert families.family_of(renamed) is families.SUPPORTED["deepseek_v3"]
 
 
 def test_the_refusal_says_what_is_near() -> None:

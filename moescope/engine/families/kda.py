@@ -24,6 +24,7 @@ ALIASES = {
     "num_shared_experts": "n_shared_experts",
 }
 EPS = 1e-6  # of the norms on latents
+_LIGHTNING = "lightning attention is not implemented"
 
 
 def _keys(a: LinearAttention) -> int:
@@ -93,6 +94,7 @@ def kimi_linear(config: Fields) -> DecoderSpec:
 
 def bailing_hybrid(config: Fields) -> DecoderSpec:
     """A gate for each head of the attention, and a decay that is bounded from below."""
+    _refuse_lightning(config)
     config = config.renamed(ALIASES)
     ranks = latent.read_ranks(config, latent.Ranks(q=0))
     sizes = latent.read_sizes(config, ranks, eps=1e-6, context=262144)
@@ -110,6 +112,15 @@ def bailing_hybrid(config: Fields) -> DecoderSpec:
     usual_router = biased.Usual(scale=2.5, groups=(8, 4), chosen=8)
     attention = latent.attention(config, sizes, ranks, rope, gate="sigmoid_per_head")
     return _decoder(config, sizes, {FULL: attention, LINEAR: delta}, types, usual_router, 2)
+
+
+def _refuse_lightning(config: Fields) -> None:
+    """Ling 2.5 and 2.6 have this model type, too, and another linear attention."""
+    for name in config.list("architectures", str, default=[]):
+        if name.startswith("BailingMoeV2"):
+            raise config.error("architectures", f"BailingMoeV3ForCausalLM: {_LIGHTNING}")
+    if config.has("group_norm_size") and not any(name.startswith("kda_") for name in config.values):
+        raise config.error("group_norm_size", f"nothing: {_LIGHTNING}")
 
 
 def _decoder(
