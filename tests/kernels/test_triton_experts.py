@@ -6,18 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 import tests.kernels.interpreted  # noqa: F401  (before the kernels)
+from moescope.engine.graph_operators import gating
+from moescope.engine.operators import MLP, Experts, MoE
+from moescope.engine.torch_operators import TorchExperts, TorchMLP
+from moescope.kernels.spec import RouterPolicy, RouterSpec, RouterWiring
 from moescope.kernels.triton_ops import experts as decode
 from moescope.kernels.triton_ops import gemv, grouped, tuning
-from moescope.kernels.triton_ops.gating import Gating
+from moescope.kernels.triton_ops.gating import ACTIVATIONS, Gating
 from moescope.kernels.triton_ops.tiles import Block, ExpertTiles, Tile, configuration, expert_tiles
 from tests.kernels.expert_cases import (
     assert_close,
@@ -33,6 +40,18 @@ HALVES = [torch.bfloat16, torch.float16]
 EVERY = [torch.float32, *HALVES]
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 SMALL = ExpertTiles(Tile(4, 1), Tile(8, 1))
+
+
+@st.composite
+def gatings(draw: st.DrawFn) -> MLP:
+    """Any dense block that a spec can say."""
+    return MLP(
+        *(12, 6, draw(st.sampled_from(ACTIVATIONS)), draw(st.booleans())),
+        limit=draw(st.sampled_from([0.0, 0.7])),
+        limit_site=draw(st.sampled_from(["before", "after"])),
+        alpha=draw(st.sampled_from([1.0, 1.702])),
+        up_shift=draw(st.sampled_from([0.0, 1.0])),
+    )
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -161,18 +180,25 @@ def test_what_follows_the_sum(dtype: torch.dtype) -> None:
     ids, weights = routes(42, N, 2, 4, nulls=1)
     scale = torch.tensor([2.5, 1.0, 0.3])
     shared, residual = random(43, dtype, N, H), random(44, dtype, N, H)
+    bias, passed = random(45, dtype, H), random(46, dtype, N, H)
     expected = torch_experts(h, gate_up, down, ids, weights)
+    null = torch.where(ids >= 4, weights, 0.0).sum(1, keepdim=True)
+    assert null.any()
+    expected = expected + (null * passed).to(dtype)
     for n in range(N):
         expected[n] *= float(scale[n])
-    expected = residual + (expected + shared) * 0.5
+    expected = residual + (expected + bias + shared) / 2 * 0.5
     found = decode.experts_small(
         h,
         gate_up,
         down,
         ids,
         weights,
+        passed=passed,
         output_scale=scale,
+        output_bias=bias,
         shared=shared,
+        average=True,
         multiplier=0.5,
         residual=residual,
         out=residual,
@@ -198,6 +224,44 @@ def test_biases_and_activations(activation: str) -> None:
     block = Block(16, 16, 16, 1, 1)
     found = grouped.experts_grouped(*inputs, activation=activation, **named, block=block)
     assert_close(found, expected)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(gatings(), st.sampled_from(EVERY), st.booleans())
+def test_whatever_stands_between_the_two_products(
+    spec: MLP, dtype: torch.dtype, biased: bool
+) -> None:
+    """Experts and a dense block of the same numbers, against the torch operators."""
+    spec, H, width, E = replace(spec, bias=biased), 12, 6, 3
+    rows = (2 if spec.glu else 1) * width
+    gate_up = random(55, dtype, E, rows, H, scale=2 * H**-0.5)
+    down = random(56, dtype, E, H, width, scale=width**-0.5)
+    h, (ids, weights) = random(57, dtype, 2, H), routes(58, 2, 2, E)
+    biases = (random(59, dtype, E, rows), random(60, dtype, E, H)) if biased else (None, None)
+    named = {"gate_up_bias": biases[0], "down_bias": biases[1], "gating": gating(spec)}
+    tensors = {"gate_up": gate_up, "down": down, "gate_up_bias": biases[0], "down_bias": biases[1]}
+    same = {f: getattr(spec, f) for f in ("activation", "glu", "bias", "limit", "limit_site")}
+    every = Experts(width, **same, alpha=spec.alpha, up_shift=spec.up_shift)
+    router = RouterSpec(RouterPolicy(2), RouterWiring(E, combine_dtype="float32"))
+    moe = TorchExperts(MoE(H, router, every), {f"e.{n}": t for n, t in tensors.items()}, "e")  # type: ignore[misc]
+    expected = torch.cat([moe(h[n : n + 1], ids[n : n + 1], weights[n : n + 1]) for n in (0, 1)])
+    found = decode.experts_small(h, gate_up, down, ids, weights, **named, tiles=SMALL)
+    assert_close(found, expected, wide=2.0)
+    names = ("gate_up.weight", "down_proj.weight", "gate_up.bias", "down_proj.bias")
+    dense = {
+        name: part[1]
+        for name, part in zip(names, (gate_up, down, *biases), strict=True)
+        if part is not None
+    }
+    block = {name: dense.get(name) for name in names[2:]}
+    found = decode.mlp_small(
+        *(h, gate_up[1], down[1]),
+        gating=gating(spec),
+        gate_up_bias=block["gate_up.bias"],
+        down_bias=block["down_proj.bias"],
+        tiles=SMALL,
+    )
+    assert_close(found, TorchMLP(spec, dense, "")(h), wide=2.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -202,6 +202,39 @@ def test_gate_and_router_together(dtype: str, monkeypatch: pytest.MonkeyPatch) -
     assert work.arrivals.item() == -(2**31) + programs
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gate_with_learned_vectors_and_a_norm_of_its_own(dtype: str) -> None:
+    """As Gemma 4 and DeepSeek have them, at once: a scaled norm before the gate, a correction bias
+    for the choice, a scale for every expert."""
+    T, H, E, K = 2, 40, 8, 3
+    policy = RouterPolicy(
+        *(K,), scoring_func="sigmoid", correction_bias="score", per_expert_scale=True
+    )
+    spec = RouterSpec(policy, RouterWiring(E, router_dtype=dtype)).resolved("float32")
+    rng = torch.Generator().manual_seed(4)
+    kind = getattr(torch, dtype)
+    hidden, gate = (torch.randn(n, H, generator=rng).to(kind) for n in (T, E))
+    by = torch.randn(H, generator=rng).to(kind)
+    bias, scale = (torch.randn(E, generator=rng) for _ in range(2))
+    out = gate_router.gate_and_route(
+        *(hidden, gate[None], table([spec]), torch.zeros(T, 1, dtype=torch.int32), K),
+        *(gate_router.scratch(T, E, H, 1, "cpu"), kind, None, bias, scale),
+        norm=by,
+        eps=1e-3,
+        scale=H**-0.5,
+        keep_logits=True,
+    )
+    unit = hidden.float() * torch.rsqrt(hidden.float().square().mean(-1, keepdim=True) + 1e-3)
+    seen = (unit.to(kind) * by) * H**-0.5
+    logits = (seen.float() @ gate.float().T).to(kind).float().numpy()
+    np.testing.assert_allclose(out.logits.numpy(), logits, atol=2e-6 if dtype == "float32" else 0.0)
+    vectors = {"correction_bias": bias.numpy(), "per_expert_scale": scale.numpy()}
+    here = at_place(out, 0, K)
+    assert not compare(
+        route(logits, spec, **vectors), here, spec, logits, correction_bias=bias.numpy()
+    )
+
+
 NAMES = [f.name for f in fields(Routing) if f.name != "logits"]
 
 
