@@ -8,7 +8,7 @@ run time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moescope.engine.decoder import DecoderSpec
 from moescope.engine.interpreter import Draw, Router, StepOutput
-from moescope.engine.limits import GRAPH, NATIVE, why_not_fused
+from moescope.engine.limits import GRAPH, why_not_fused
 from moescope.kernels.policy_rows import WIDTH, pack
 from moescope.kernels.spec import RouterSpec
 from moescope.trace.frames import RecordLevel
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STEPS = {
-    "cpu": ("moescope.engine.native_step", "NativeStep", NATIVE),
-    "cuda": ("moescope.engine.graph_step", "GraphStep", GRAPH),
+    "cpu": ("moescope.engine.native_step", "NativeStep"),
+    "cuda": ("moescope.engine.graph_step", "GraphStep"),
 }
 K_LIMIT = 32  # picks a lane can ask for; buffers hold min(E, 32) of each router, or K if larger
 
@@ -93,6 +93,8 @@ class Shared:
     rotations: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # attention -> cos and signed sin [capacity, head dim], in the dtype they are applied in
     operators: tuple[Any, ...] = ()  # the running torch operators, in execution order
+    # what a call of them takes: of lanes, their tokens [N, 1], and whether logits are kept
+    prepare: Callable[..., Any] | None = None
     head: Tensor | None = None  # the output's weight, as it is multiplied
     tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # id of a rope -> the same of every rope; where it switches, [2 × capacity, dims]
@@ -124,9 +126,10 @@ class Step(Protocol):
 
 def fused_step(shared: Shared) -> tuple[Step | None, str]:
     """The fused step for a decoder, or None and why there is none."""
-    place, name, program = STEPS["cpu" if shared.device.startswith("cpu") else "cuda"]
-    if why := why_not_fused(shared.spec, program):
+    on = "cpu" if shared.device.startswith("cpu") else "cuda"
+    if on == "cuda" and (why := why_not_fused(shared.spec, GRAPH)):
         return None, why
+    place, name = STEPS[on]
     try:
         kind = getattr(import_module(place), name)
     except ModuleNotFoundError as error:

@@ -8,6 +8,7 @@ asks for and is not in here is refused by the name of the field.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -97,6 +98,8 @@ class TorchDecoder:
         self.shared = Shared(spec, weights, device, dtype, self.routers, self.policies)
         self.shared.operators = tuple(run for _, run in self._operators)
         self.shared.head = self._head
+        me = weakref.proxy(self)  # what it lends to a step does not hold it
+        self.shared.prepare = lambda *rows, **options: me._prepare(*rows, **options)[device]
         self._groups: dict[tuple[str, tuple[int, ...], int], list[ops.Groups]] = {}
         self.intervene: Callable[..., Routing] | None = None
         self.step: Step | None = None

@@ -19,39 +19,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ABI = 3
+ABI = 4
 GATES = 17  # a gate as stored, and rounded to 2 to 16 bits
 DTYPES = ("float32", "bfloat16", "float16")
 INSTRUCTION_SETS = ("avx512-bf16", "avx512", "avx2", "portable")
 
 # Places in `enum mk_kind`, and flags.
-KINDS = (
-    "embed",
-    "norm",
-    "linear",
-    "clip",
-    "place",
-    "attend",
-    "merge",
-    "add",
-    "gate",
-    "route",
-    "experts",
-    "down",
-    "combine",
-    "head",
-    "expect",
+KINDS = tuple(
+    "embed norm linear clip scale warm copy gated turn store attend merge absorb expand add gate "
+    "route keep experts down combine head expect".split()
 )
-FIRST, WIDE_NORM, WIDE_ROPE, GLU, WEIGHT_FIRST = 1, 2, 2, 4, 8
+FIRST, WIDE, CENTRED, WEIGHT_FIRST, PAIRS, SOFTPLUS, POWER, ONE_LESS = (1 << n for n in range(8))
+SUM, FINISH, NULL, AVERAGE, SHARES, ROUNDED = (1 << n for n in range(8, 14))
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai")
 
 _INTEGERS = (
-    "kind flags x y z rows cols at groups heads kv_heads head_dim window router classes experts "
-    "logits_dtype shared_width"
+    "kind flags x y z rows cols at groups step to to_step heads kv_heads head_dim v_dim key_step "
+    "value_step window chunk turned switch_at router classes experts logits_dtype shared_width "
+    "shared_rows"
 )
-_POINTERS = "weight bias shared_up shared_down shared_gate gates cache cos sin"
+_NUMBERS = "number eps keeps cap floor"
+_POINTERS = (
+    "weight bias shared_up shared_down shared_gate shared_up_bias shared_down_bias gates "
+    "correction_bias per_expert_scale sinks keys values cos sin"
+)
+ACT = np.dtype(
+    [(name, np.int32) for name in ("kind", "gated", "after")]
+    + [(name, np.float32) for name in ("limit", "alpha", "shift")]
+)  # struct mk_act
 OP = np.dtype(
     [(name, np.int32) for name in _INTEGERS.split()]
-    + [("number", np.float32), ("eps", np.float32)]
+    + [(name, np.float32) for name in _NUMBERS.split()]
+    + [(name, ACT) for name in ("act", "shared_act")]
     + [(name, np.uintp) for name in _POINTERS.split()],
     align=True,
 )  # struct mk_op
@@ -124,7 +123,8 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, then arguments
         *(_pointer, _int, _int, _int, _int),
     ),
     "mk_step_destroy": (None, _pointer),
-    "mk_step_run": (_int, _pointer, _int, *(_pointer,) * 6),
+    "mk_step_buffer": (_pointer, _pointer, _int, _pointer),
+    "mk_step_run": (_int, _pointer, *(_int,) * 3, *(_pointer,) * 6),
     "mk_linear": (_int, _pointer, _text, _int, _pointer, _int, _int, _pointer, _int, _pointer),
     "mk_divergence": (
         *(ctypes.c_double, _text, _pointer, _pointer),

@@ -49,7 +49,9 @@ def weights(spec: DecoderSpec, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def model(spec: DecoderSpec, *, lanes: int = 1, devices: Any = ()) -> TorchDecoder:
-    made = TorchDecoder(spec, weights(spec), device="cpu", dtype="float32", devices=devices)
+    made = TorchDecoder(
+        spec, weights(spec), device="cpu", dtype="float32", devices=devices, fused=False
+    )
     made.open(lanes, 64)
     return made
 
@@ -125,7 +127,7 @@ def test_an_indexer_that_sees_everything_changes_nothing() -> None:
     logits = []
     for spec in (dense, sparse):
         needed = {slot.name: tensors[slot.name] for slot in slots(spec)}
-        made = TorchDecoder(spec, needed, device="cpu", dtype="float32")
+        made = TorchDecoder(spec, needed, device="cpu", dtype="float32", fused=False)
         made.open(1, 64)
         logits.append(fed(made, IDS, 7, 1))
     assert (logits[0] == logits[1]).all()

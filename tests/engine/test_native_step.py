@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from moescope.engine.interpreter import StepOutput
 from moescope.engine.load import load_model
+from moescope.engine.native_limits import why_beside
 from moescope.engine.native_step import NativeStep
 from moescope.engine.protocol import LoadRequest
 from moescope.engine.sampling import Expectation
@@ -24,6 +24,7 @@ from moescope.kernels import native_ops as native
 from moescope.kernels.spec import RouterPolicy
 from moescope.trace.frames import Frame
 from moescope.trace.record import record as trace_record
+from tests.engine.native_cases import agree, walk
 from tests.tiny import FAMILIES, tiny_checkpoint
 
 IDS = np.random.default_rng(3).integers(0, 256, (4, 40))
@@ -68,31 +69,6 @@ def decoder(
 def both(folder: Path, *args: Any, threads: int = 2, **options: Any) -> list[TorchDecoder]:
     """Torch operators, and the C step beside them."""
     return [decoder(folder, *args, threads=n, **options) for n in (0, threads)]
-
-
-def agree(a: StepOutput, b: StepOutput, tolerance: float = 2e-5) -> None:
-    for name in a.__dataclass_fields__:
-        x, y = getattr(a, name), getattr(b, name)
-        if name in ("expected", "kept"):  # the C step's own, tested by themselves
-            continue
-        if not isinstance(x, np.ndarray):
-            assert x == y, name
-            continue
-        assert (x.shape, x.dtype) == (y.shape, y.dtype), name
-        exact = 0 if x.dtype == np.int16 else tolerance
-        assert np.allclose(x, y, rtol=0, atol=exact, equal_nan=True), name
-
-
-def walk(
-    models: Sequence[TorchDecoder], lanes: list[int], steps: int, record: Any = "logits"
-) -> None:
-    """Decode greedily with the first model; all of them say the same of every token."""
-    token = 7 + np.arange(len(lanes))[:, None]
-    for _ in range(steps):
-        wanted, *others = (model.run(lanes, token, record=record) for model in models)
-        for found in others:
-            agree(wanted, found)
-        token = wanted.logits[:, 0].argmax(-1)[:, None]
 
 
 @needs_library
@@ -436,10 +412,11 @@ def test_what_is_not_covered_is_said(folder: Path, monkeypatch: pytest.MonkeyPat
     shared = decoder(folder).shared
     assert NativeStep.why_not(shared) == ""
     assert "device cuda:0" in NativeStep.why_not(replace(shared, device="cuda:0"))
-    router = replace(
-        shared.routers[0], spec=shared.routers[0].spec.with_wiring(router_dtype="bfloat16")
-    )
-    assert "router_dtype bfloat16" in NativeStep.why_not(replace(shared, routers=(router,)))
+    gate = shared.routers[0].spec.with_wiring(router_dtype="bfloat16")
+    asked = replace(shared, routers=(replace(shared.routers[0], spec=gate),))
+    moe = shared.spec.layers[0].branches[1].operator
+    assert why_beside(shared, moe, 0) == ""
+    assert "router_dtype bfloat16" in why_beside(asked, moe, 0)
     apart = {"gate": torch.zeros(4, 4).T}
     assert NativeStep.why_not(replace(shared, weights=apart)) == "weights are not contiguous"
     monkeypatch.setenv("MOESCOPE_ISA", "z80")

@@ -36,7 +36,7 @@ def _init(name: str, tensor: Any, noise: Any) -> Any:
 INIT = {name: _init for name in TINY}
 _FULL = ["full_attention", "linear_attention", "linear_attention", "full_attention"]
 CASES = (
-    Case("qwen3_next", "released", 0),
+    Case("qwen3_next", "released", 2),
     Case(
         "qwen3_next",
         "sparse-steps",

@@ -8,61 +8,9 @@
 
 #include "step.h"
 
-/* [2, lanes, kv_heads, capacity, head_dim]: where a head's row of a position is, in elements. */
-static size_t cached(const mk_step *s, const mk_op *op, int which, int lane, int head, int at) {
-    size_t row = (size_t)which * (size_t)s->lanes + (size_t)lane;
-    row = (row * (size_t)op->kv_heads + (size_t)head) * (size_t)s->capacity + (size_t)at;
-    return row * (size_t)op->head_dim;
-}
-
-static void rotate(float *x, const float *cos, const float *sin, int D, int wide, int dtype) {
-    int half = D / 2;
-    for (int d = 0; d < half; d++) {
-        float a = x[d], b = x[d + half];
-        float a_cos = a * cos[d], b_sin = b * sin[d];
-        float b_cos = b * cos[d + half], a_sin = a * sin[d + half];
-        if (!wide) {
-            a_cos = mk_round(a_cos, dtype), b_sin = mk_round(b_sin, dtype);
-            b_cos = mk_round(b_cos, dtype), a_sin = mk_round(a_sin, dtype);
-        }
-        x[d] = mk_round(a_cos + b_sin, dtype);
-        x[d + half] = mk_round(b_cos + a_sin, dtype);
-    }
-}
-
-static void rotate_heads(mk_step *s, const mk_op *op, float *row, int position) {
-    int D = op->head_dim, wide = op->flags & MK_WIDE_ROPE;
-    int stored = wide ? MK_FLOAT32 : s->dtype;
-    float *cos = s->rotation, *sin = s->rotation + D;
-    for (int d = 0; d < D; d++) {
-        cos[d] = mk_load(op->cos, (size_t)position * (size_t)D + (size_t)d, stored);
-        sin[d] = mk_load(op->sin, (size_t)position * (size_t)D + (size_t)d, stored);
-    }
-    for (int head = 0; head < op->heads + op->kv_heads; head++) {
-        float *x = row + (size_t)head * (size_t)D;
-        if (s->dtype == MK_BFLOAT16) rotate(x, cos, sin, D, wide, MK_BFLOAT16);
-        else if (s->dtype == MK_FLOAT32) rotate(x, cos, sin, D, wide, MK_FLOAT32);
-        else rotate(x, cos, sin, D, wide, MK_FLOAT16);
-    }
-}
-
-void mk_place(mk_step *s, const mk_op *op) {
-    int D = op->head_dim;
-    for (int n = 0; n < s->N; n++) {
-        float *row = mk_row(s, op->x, n);
-        if (op->cos != NULL) rotate_heads(s, op, row, s->starts[n]);
-        for (int which = 0; which < 2; which++)
-            for (int head = 0; head < op->kv_heads; head++) {
-                const float *x = row + (size_t)(op->heads + which * op->kv_heads + head) * D;
-                size_t to = cached(s, op, which, s->at[n], head, s->starts[n]);
-                for (int d = 0; d < D; d++) mk_store(op->cache, to + d, x[d], s->dtype);
-            }
-    }
-}
-
 static int first_key(const mk_op *op, int start) {
-    int end = start + 1;
-    return op->window > 0 && end > op->window ? end - op->window : 0;
+    if (op->chunk > 0) return start / op->chunk * op->chunk;
+    return op->window > 0 && start + 1 > op->window ? start + 1 - op->window : 0;
 }
 
 static int blocks_of(const mk_op *op, int start) {
@@ -74,65 +22,88 @@ static float *partial_of(const mk_step *s, const mk_op *op, int n, int head, int
     return s->partial + (row * (size_t)s->blocks + (size_t)block) * s->partial_stride;
 }
 
+/* Chunks of `groups` query heads, so that one key head of many is work for several threads. */
 int mk_attend_phase(mk_step *s, const mk_op *op) {
     int chunks = 0;
     for (int n = 0; n < s->N; n++) {
-        chunks += blocks_of(op, s->starts[n]) * op->kv_heads;
+        chunks += blocks_of(op, s->starts[n]) * (op->heads / op->groups);
         for (int head = 0; head < op->heads; head++) {
             size_t row = (size_t)n * (size_t)op->heads + (size_t)head;
-            mk_pack_row(s, mk_row(s, op->x, n) + (size_t)head * op->head_dim,
+            mk_pack_row(s, mk_row(s, op->x, n) + (size_t)head * (size_t)op->head_dim,
                         s->queries + row * s->query_stride, op->head_dim);
         }
     }
     return chunks;
 }
 
+static void weigh(const mk_step *s, const mk_op *op, float *scores, int keys) {
+    int dtype = op->flags & MK_ROUNDED ? s->dtype : MK_FLOAT32;
+    mk_round_row(scores, keys, dtype);
+    for (int k = 0; k < keys; k++) scores[k] *= op->number;
+    mk_round_row(scores, keys, dtype);
+    if (op->cap > 0.0f) s->isa->squash(scores, keys, op->cap, dtype);
+}
+
+/* Products of a query and a block's keys into what their values are mixed with; `partial`: the
+ * largest score, and the sum. Alone in its block, a row is finished here: largest 0, sum 1. */
+static void share(const mk_step *s, const mk_op *op, int head, float *scores, int keys, bool alone,
+                  float *partial) {
+    float most = -INFINITY;
+    weigh(s, op, scores, keys);
+    for (int k = 0; k < keys; k++) most = scores[k] > most ? scores[k] : most;
+    alone = alone && op->flags & MK_SHARES;
+    if (alone && op->sinks != NULL) most = fmaxf(most, op->sinks[head]);
+    partial[0] = most;
+    partial[1] = s->isa->exp_sum(scores, keys, most);
+    if (alone) {
+        float sum = partial[1] + (op->sinks != NULL ? mk_exp(op->sinks[head] - most) : 0.0f);
+        for (int k = 0; k < keys; k++) scores[k] /= sum;
+        partial[0] = 0.0f, partial[1] = 1.0f;
+    }
+    mk_round_row(scores, keys, s->dtype); /* as every framework does before the mix */
+}
+
 void mk_attend_chunk(void *step, int index, int thread) {
     mk_step *s = step;
     const mk_op *op = s->op;
     const mk_scratch *scratch = &s->scratch[thread];
-    int n = 0, here;
-    for (; index >= (here = blocks_of(op, s->starts[n]) * op->kv_heads); n++) index -= here;
-    int blocks = here / op->kv_heads, head = index / blocks, block = index % blocks;
-    int group = op->heads / op->kv_heads, D = op->head_dim;
+    int n = 0, here, parts = op->heads / op->groups;
+    for (; index >= (here = blocks_of(op, s->starts[n]) * parts); n++) index -= here;
+    int blocks = here / parts, first = index / blocks * op->groups, block = index % blocks;
+    int head = first / (op->heads / op->kv_heads), group = op->groups, width = op->v_dim;
     int from = first_key(op, s->starts[n]) + block * MK_KEYS, left = s->starts[n] + 1 - from;
     int keys = left < MK_KEYS ? left : MK_KEYS;
     for (int g = 0; g < group; g++) {
-        size_t row = (size_t)n * (size_t)op->heads + (size_t)(head * group + g);
+        size_t row = (size_t)n * (size_t)op->heads + (size_t)(first + g);
         scratch->x[g] = s->queries + row * s->query_stride;
         scratch->y[g] = scratch->scores + (size_t)g * MK_KEYS;
         scratch->rows[g] = scratch->y[g];
-        scratch->other[g] = partial_of(s, op, n, head * group + g, block) + MK_PAD;
+        scratch->other[g] = partial_of(s, op, n, first + g, block) + MK_PAD;
     }
-    const char *cache = op->cache;
-    size_t keys_at = cached(s, op, 0, s->at[n], head, from);
-    size_t values_at = cached(s, op, 1, s->at[n], head, from);
-    s->isa->rows[s->dtype](cache + keys_at * s->item, (size_t)D, keys, D, scratch->x, group,
-                           scratch->y);
+    size_t keys_at = mk_cached(s, op, op->key_step, s->at[n], head, from);
+    size_t values_at = mk_cached(s, op, op->value_step, s->at[n], head, from);
+    s->isa->rows[s->dtype]((const char *)op->keys + keys_at * s->item, (size_t)op->key_step, keys,
+                           op->head_dim, scratch->x, group, scratch->y);
     for (int g = 0; g < group; g++) {
-        float *scores = scratch->y[g], most = -INFINITY;
-        for (int k = 0; k < keys; k++) {
-            scores[k] *= op->number;
-            most = scores[k] > most ? scores[k] : most;
-        }
-        float *partial = scratch->other[g] - MK_PAD;
-        partial[0] = most;
-        partial[1] = s->isa->exp_sum(scores, keys, most);
-        mk_round_row(scores, keys, s->dtype); /* as every framework does before the mix */
-        memset(scratch->other[g], 0, (size_t)D * sizeof(float));
+        share(s, op, first + g, scratch->y[g], keys, blocks == 1, scratch->other[g] - MK_PAD);
+        memset(scratch->other[g], 0, (size_t)width * sizeof(float));
     }
-    s->isa->mix[s->dtype](cache + values_at * s->item, (size_t)D, keys, D, scratch->rows, group,
-                          scratch->other);
+    s->isa->mix[s->dtype]((const char *)op->values + values_at * s->item, (size_t)op->value_step,
+                          keys, width, scratch->rows, group, scratch->other);
 }
 
+/* A sink is one more logit, which takes its share and gives nothing. */
 void mk_merge(mk_step *s, const mk_op *op) {
-    int D = op->head_dim;
+    int D = op->v_dim;
     for (int n = 0; n < s->N; n++)
         for (int head = 0; head < op->heads; head++) {
             float *y = mk_row(s, op->y, n) + (size_t)head * (size_t)D;
-            float most = -INFINITY, total = 0.0f;
             int blocks = blocks_of(op, s->starts[n]);
+            bool finished = blocks == 1 && op->flags & MK_SHARES;
+            bool sink = op->sinks != NULL && !finished;
+            float most = sink ? op->sinks[head] : -INFINITY;
             for (int b = 0; b < blocks; b++) most = fmaxf(most, partial_of(s, op, n, head, b)[0]);
+            float total = sink ? mk_exp(op->sinks[head] - most) : 0.0f;
             memset(y, 0, (size_t)D * sizeof *y);
             for (int b = 0; b < blocks; b++) {
                 const float *partial = partial_of(s, op, n, head, b);
@@ -143,4 +114,60 @@ void mk_merge(mk_step *s, const mk_op *op) {
             for (int d = 0; d < D; d++) y[d] /= total;
             mk_round_row(y, D, s->dtype);
         }
+}
+
+/* --- latent attention ---
+ *
+ * The expansion's matrix has, for each head, `rows` rows that make a key of a latent of `cols`
+ * numbers, then `v_dim` rows that make a value. No key is made: a query is brought into the space of
+ * the latent by the first, and what was read there becomes a value by the second. */
+
+static const char *head_rows(const mk_step *s, const mk_op *op, int head, int skipped) {
+    size_t row = (size_t)head * (size_t)(op->rows + op->v_dim) + (size_t)skipped;
+    return (const char *)op->weight + row * (size_t)op->cols * s->item;
+}
+
+static char *found_by(const mk_step *s, const mk_op *op, int n, int head) {
+    return s->queries + ((size_t)n * (size_t)op->heads + (size_t)head) * s->query_stride;
+}
+
+int mk_latent_phase(mk_step *s, const mk_op *op) {
+    if (op->kind == MK_OP_EXPAND)
+        for (int n = 0; n < s->N; n++)
+            for (int head = 0; head < op->heads; head++)
+                mk_pack_row(s, mk_row(s, op->x, n) + (size_t)head * (size_t)op->cols,
+                            found_by(s, op, n, head), op->cols);
+    return op->heads;
+}
+
+/* A head of x is `rows` numbers to be absorbed and `turned` that stand for themselves. */
+void mk_absorb_chunk(void *step, int head, int thread) {
+    mk_step *s = step;
+    const mk_op *op = s->op;
+    const mk_scratch *scratch = &s->scratch[thread];
+    size_t from = (size_t)head * (size_t)(op->rows + op->turned);
+    size_t to = (size_t)head * (size_t)(op->cols + op->turned);
+    for (int n = 0; n < s->N; n++) {
+        scratch->rows[n] = mk_row(s, op->x, n) + from;
+        scratch->y[n] = mk_row(s, op->y, n) + to;
+        memset(scratch->y[n], 0, (size_t)op->cols * sizeof(float));
+        memcpy(scratch->y[n] + op->cols, scratch->rows[n] + op->rows,
+               (size_t)op->turned * sizeof(float));
+    }
+    s->isa->mix[s->dtype](head_rows(s, op, head, 0), (size_t)op->cols, op->rows, op->cols,
+                          scratch->rows, s->N, scratch->y);
+    for (int n = 0; n < s->N; n++) mk_round_row(scratch->y[n], op->cols, s->dtype);
+}
+
+void mk_expand_chunk(void *step, int head, int thread) {
+    mk_step *s = step;
+    const mk_op *op = s->op;
+    const mk_scratch *scratch = &s->scratch[thread];
+    for (int n = 0; n < s->N; n++) {
+        scratch->x[n] = found_by(s, op, n, head);
+        scratch->y[n] = mk_row(s, op->y, n) + (size_t)head * (size_t)op->v_dim;
+    }
+    s->isa->rows[s->dtype](head_rows(s, op, head, op->rows), (size_t)op->cols, op->v_dim, op->cols,
+                           scratch->x, s->N, scratch->y);
+    for (int n = 0; n < s->N; n++) mk_round_row(scratch->y[n], op->v_dim, s->dtype);
 }

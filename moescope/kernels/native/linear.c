@@ -17,7 +17,7 @@ int mk_rows_per_chunk(const mk_step *s, int rows, size_t row_bytes) {
 }
 
 void mk_add_segment(mk_step *s, mk_segment segment) {
-    size_t row_bytes = (size_t)segment.cols * s->item * (segment.glu ? 2 : 1);
+    size_t row_bytes = (size_t)segment.cols * s->item * (segment.act != NULL && segment.act->gated ? 2 : 1);
     segment.per = mk_rows_per_chunk(s, segment.rows, row_bytes);
     segment.chunks = (segment.rows + segment.per - 1) / segment.per;
     s->segments[s->segment_count++] = segment;
@@ -38,7 +38,7 @@ static mk_segment whole(mk_step *s, const mk_op *op, float *y, size_t stride) {
         .x = mk_pack(s, 0, s->buffers[op->x], s->strides[op->x], op->cols),
         .y = y,
         .stride = stride,
-        .glu = (op->flags & MK_GLU) != 0,
+        .act = op->act.kind != MK_NONE ? &op->act : NULL,
         .round = s->dtype,
     };
 }
@@ -74,19 +74,29 @@ void mk_segment_chunk(void *step, int index, int thread) {
         scratch->y[n] = g->y + (size_t)n * g->stride + from;
         scratch->other[n] = scratch->second + (size_t)n * MK_MOST_ROWS;
     }
+    bool gated = g->act != NULL && g->act->gated;
     product(row_of(s, g, from), (size_t)g->cols, rows, g->cols, g->x, s->N, scratch->y);
-    if (g->glu)
+    if (gated)
         product(row_of(s, g, g->rows + from), (size_t)g->cols, rows, g->cols, g->x, s->N,
                 scratch->other);
     for (int n = 0; n < s->N; n++) {
-        float *y = scratch->y[n];
-        if (g->bias != NULL)
-            for (int r = 0; r < rows; r++) y[r] += g->bias[from + r];
-        if (g->glu)
-            s->isa->silu_times(y, scratch->other[n], rows, g->round);
-        else
-            mk_round_row(y, rows, g->round);
+        float *y = scratch->y[n], *up = gated ? scratch->other[n] : NULL;
+        if (g->bias != NULL) {
+            mk_add_row(y, g->bias + from, rows);
+            if (gated) mk_add_row(up, g->bias + g->rows + from, rows);
+        }
+        if (g->act != NULL) s->isa->activate(g->act, y, up, rows, g->round);
+        else mk_round_row(y, rows, g->round);
     }
+}
+
+/* Logits times a number, then between +-cap. */
+static void bound(const mk_step *s, float *x, int n) {
+    if (s->op->number != 1.0f) {
+        for (int i = 0; i < n; i++) x[i] *= s->op->number;
+        mk_round_row(x, n, s->dtype);
+    }
+    if (s->op->cap > 0.0f) s->isa->squash(x, n, s->op->cap, s->dtype);
 }
 
 void mk_head_chunk(void *step, int index, int thread) {
@@ -97,6 +107,7 @@ void mk_head_chunk(void *step, int index, int thread) {
     for (int n = 0; n < s->N; n++) {
         float *most = s->block_most + (size_t)n * s->block_stride + from / MK_BLOCK;
         float *sum = s->block_sum + (size_t)n * s->block_stride + from / MK_BLOCK;
+        bound(s, s->scratch[thread].y[n], rows);
         s->isa->sum_up(s->scratch[thread].y[n], rows, most, sum);
     }
 }

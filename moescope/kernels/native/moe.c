@@ -24,6 +24,7 @@ int mk_gate_phase(mk_step *s, const mk_op *op) {
         for (int place = 0; place < s->record->places; place++)
             wanted[(int)policy_of(s, op, n, place)[MK_COL_GATE]] = true;
     mk_segment segment = {
+        .bias = op->bias,
         .rows = op->classes,
         .cols = op->cols,
         .x = mk_pack(s, 0, s->buffers[op->x], s->strides[op->x], op->cols),
@@ -42,16 +43,18 @@ int mk_gate_phase(mk_step *s, const mk_op *op) {
         segment.round = s->dtype;
         segment.rows = op->shared_width;
         segment.weight = op->shared_up;
+        segment.bias = op->shared_up_bias;
         segment.y = s->shared;
         segment.stride = s->shared_stride;
-        segment.glu = true;
+        segment.act = &op->shared_act;
         mk_add_segment(s, segment);
         if (op->shared_gate != NULL) {
             segment.rows = 1;
             segment.weight = op->shared_gate;
+            segment.bias = NULL;
             segment.y = s->shared_gate;
             segment.stride = MK_PAD;
-            segment.glu = false;
+            segment.act = NULL;
             mk_add_segment(s, segment);
         }
     }
@@ -94,10 +97,14 @@ void mk_route_chunk(void *step, int index, int thread) {
     const double *policy = policy_of(s, op, n, place);
     const float *logits = logits_of(s, (int)policy[MK_COL_GATE], n);
     size_t row = mk_routing(r, n, place, op->router), picks = row * (size_t)r->width;
-    mk_route(logits, op->classes, policy, NULL, NULL, NULL, r->width, r->expert_ids + picks,
-             r->scores + picks, r->weights + picks, r->scalars + row * MK_SCALARS,
-             r->runner_up + row, s->scratch[thread].route);
+    mk_route(logits, op->classes, policy, op->correction_bias, op->per_expert_scale, NULL, r->width,
+             r->expert_ids + picks, r->scores + picks, r->weights + picks,
+             r->scalars + row * MK_SCALARS, r->runner_up + row, s->scratch[thread].route);
     if (place == 0) keep(s, op, n, logits);
+}
+
+void mk_keep(mk_step *s, const mk_op *op) {
+    for (int n = 0; n < s->N; n++) keep(s, op, n, mk_row(s, op->x, n));
 }
 
 /* Sorts the picks in force by expert, then lane; null experts and unused places are left out. */
@@ -150,7 +157,8 @@ int mk_experts_phase(mk_step *s, const mk_op *op) {
         plan->x[i] = to;
         plan->weight[i] = 1.0f;
     }
-    s->per = mk_rows_per_chunk(s, op->rows, 2 * (size_t)op->cols * s->item);
+    size_t matrices = op->act.gated ? 2 : 1;
+    s->per = mk_rows_per_chunk(s, op->rows, matrices * (size_t)op->cols * s->item);
     s->blocks_each = (op->rows + s->per - 1) / s->per;
     return plan->experts * s->blocks_each;
 }
@@ -163,10 +171,10 @@ void mk_experts_chunk(void *step, int index, int thread) {
     int which = index / s->blocks_each, from = index % s->blocks_each * s->per;
     int rows = op->rows - from < s->per ? op->rows - from : s->per;
     int first = plan->first[which], entries = plan->first[which + 1] - first;
-    size_t row_bytes = (size_t)op->cols * s->item;
-    const char *gate = (const char *)op->weight +
-                       ((size_t)plan->expert[which] * 2 * (size_t)op->rows + from) * row_bytes;
-    const char *up = gate + (size_t)op->rows * row_bytes;
+    size_t row_bytes = (size_t)op->cols * s->item, matrices = op->act.gated ? 2 : 1;
+    size_t row = (size_t)plan->expert[which] * matrices * (size_t)op->rows + (size_t)from;
+    const char *gate = (const char *)op->weight + row * row_bytes;
+    const float *bias = op->bias != NULL ? op->bias + row : NULL;
     for (int i = 0; i < entries; i++) {
         scratch->y[i] = plan->inner[first + i] + from;
         scratch->other[i] = scratch->second + (size_t)i * MK_MOST_ROWS;
@@ -174,9 +182,14 @@ void mk_experts_chunk(void *step, int index, int thread) {
     mk_rows product = s->isa->rows[s->dtype];
     const void *const *x = plan->x + first;
     product(gate, (size_t)op->cols, rows, op->cols, x, entries, scratch->y);
-    product(up, (size_t)op->cols, rows, op->cols, x, entries, scratch->other);
-    for (int i = 0; i < entries; i++)
-        s->isa->silu_times(scratch->y[i], scratch->other[i], rows, s->dtype);
+    if (op->act.gated)
+        product(gate + (size_t)op->rows * row_bytes, (size_t)op->cols, rows, op->cols, x, entries,
+                scratch->other);
+    for (int i = 0; i < entries; i++) {
+        if (bias != NULL) mk_add_row(scratch->y[i], bias, rows);
+        if (bias != NULL && op->act.gated) mk_add_row(scratch->other[i], bias + op->rows, rows);
+        s->isa->activate(&op->act, scratch->y[i], scratch->other[i], rows, s->dtype);
+    }
 }
 
 /* Items are rows of `down` of each chosen expert, then those of the shared one. */
@@ -193,7 +206,8 @@ int mk_down_phase(mk_step *s, const mk_op *op) {
     if (op->shared_width > 0)
         mk_add_segment(s, (mk_segment){
             .weight = op->shared_down,
-            .rows = op->rows,
+            .bias = op->shared_down_bias,
+            .rows = op->shared_rows,
             .cols = op->shared_width,
             .x = mk_pack(s, 1, s->shared, s->shared_stride, op->shared_width),
             .y = s->shared_part,
@@ -223,6 +237,7 @@ void mk_down_chunk(void *step, int index, int thread) {
                            scratch->y);
     for (int i = 0; i < entries; i++) {
         float *part = scratch->y[i], weight = plan->weight[first + i];
+        if (op->bias != NULL) mk_add_row(part, op->bias + row, rows);
         mk_round_row(part, rows, s->dtype);
         for (int r = 0; r < rows; r++) part[r] *= weight;
         mk_round_row(part, rows, s->dtype);
@@ -234,27 +249,30 @@ int mk_combine_phase(mk_step *s, const mk_op *op) {
     return s->N * s->blocks_each;
 }
 
-void mk_combine_chunk(void *step, int index, int thread) {
-    (void)thread;
-    mk_step *s = step;
-    const mk_op *op = s->op;
+/* What null experts give: the share of their weights of what was asked. */
+static void add_null(const mk_step *s, const mk_op *op, int n, int from, int rows, float *y) {
+    const mk_record *r = s->record;
+    size_t picks = mk_routing(r, n, 0, op->router) * (size_t)r->width;
+    const float *z = mk_row(s, op->z, n) + from;
+    float share = 0.0f;
+    for (int k = 0; k < r->width; k++)
+        if (r->expert_ids[picks + (size_t)k] >= op->experts) share += r->weights[picks + (size_t)k];
+    for (int i = 0; i < rows; i++) y[i] += mk_round(share * z[i], s->dtype);
+    mk_round_row(y, rows, s->dtype);
+}
+
+static void add_up(const mk_step *s, const mk_op *op, int n, int from, int rows, float *y) {
     const mk_plan *plan = &s->plan;
-    int n = index / s->blocks_each, from = index % s->blocks_each * MK_MOST_ROWS;
-    int rows = op->rows - from < MK_MOST_ROWS ? op->rows - from : MK_MOST_ROWS;
-    float *y = mk_row(s, op->y, n) + from;
     memset(y, 0, (size_t)rows * sizeof *y);
     for (int i = 0; i < plan->entries; i++) {
         if (plan->lane[i] != n) continue;
-        const float *part = s->parts + (size_t)i * s->part_stride + from;
-        for (int r = 0; r < rows; r++) y[r] += part[r];
+        mk_add_row(y, s->parts + (size_t)i * s->part_stride + from, rows);
         mk_round_row(y, rows, s->dtype);
     }
-    float scale = (float)policy_of(s, op, n, 0)[MK_COL_OUTPUT_SCALE];
-    if (scale != 1.0f) {
-        for (int r = 0; r < rows; r++) y[r] *= scale;
-        mk_round_row(y, rows, s->dtype);
-    }
-    if (op->shared_width == 0) return;
+    if (op->flags & MK_NULL) add_null(s, op, n, from, rows, y);
+}
+
+static void add_shared(const mk_step *s, const mk_op *op, int n, int from, int rows, float *y) {
     float *part = s->shared_part + (size_t)n * s->part_stride + from;
     if (op->shared_gate != NULL) {
         float gate = s->shared_gate[(size_t)n * MK_PAD];
@@ -262,6 +280,30 @@ void mk_combine_chunk(void *step, int index, int thread) {
         for (int r = 0; r < rows; r++) part[r] *= gate;
         mk_round_row(part, rows, s->dtype);
     }
-    for (int r = 0; r < rows; r++) y[r] += part[r];
+    mk_add_row(y, part, rows);
     mk_round_row(y, rows, s->dtype);
+    if (!(op->flags & MK_AVERAGE)) return;
+    for (int r = 0; r < rows; r++) y[r] *= 0.5f;
+    mk_round_row(y, rows, s->dtype);
+}
+
+void mk_combine_chunk(void *step, int index, int thread) {
+    (void)thread;
+    mk_step *s = step;
+    const mk_op *op = s->op;
+    int n = index / s->blocks_each, from = index % s->blocks_each * MK_MOST_ROWS;
+    int rows = op->rows - from < MK_MOST_ROWS ? op->rows - from : MK_MOST_ROWS;
+    float *y = mk_row(s, op->y, n) + from;
+    if (op->flags & MK_SUM) add_up(s, op, n, from, rows, y);
+    if (!(op->flags & MK_FINISH)) return;
+    float scale = (float)policy_of(s, op, n, 0)[MK_COL_OUTPUT_SCALE];
+    if (scale != 1.0f) {
+        for (int r = 0; r < rows; r++) y[r] *= scale;
+        mk_round_row(y, rows, s->dtype);
+    }
+    if (op->bias != NULL) {
+        mk_add_row(y, op->bias + from, rows);
+        mk_round_row(y, rows, s->dtype);
+    }
+    if (op->shared_width > 0) add_shared(s, op, n, from, rows, y);
 }

@@ -1,5 +1,5 @@
 /* What the library exports, and the structs that cross its border. `native_ops.py` has the same
- * structs, checks MK_ABI, and raises it here and there when one of them changes.
+ * structs and checks MK_ABI, which is raised here and there when one of them changes.
  *
  * A decode step is a program: an array of operators that work on buffers of float32 rows, one row a
  * lane, whose values are rounded to the model's dtype. One call runs it for one token of N lanes.
@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define MK_ABI 3
+#define MK_ABI 4
 #if defined(_WIN32)
 #define MK_EXPORT __declspec(dllexport)
 #else
@@ -22,49 +22,92 @@ enum { MK_FLOAT32, MK_BFLOAT16, MK_FLOAT16, MK_DTYPES };
 enum { MK_GATES = 17 }; /* a gate as stored (0), and rounded to 2 .. 16 bits */
 
 typedef enum {
-    MK_OP_EMBED,   /* y = the rows of `weight` that the tokens name */
-    MK_OP_NORM,    /* y = RMS norm of x, in `groups` groups of `cols` columns from `at` on */
-    MK_OP_LINEAR,  /* y = weight x + bias; GLU: silu of the first half times the second */
+    MK_OP_EMBED,   /* y = the rows of `weight` that the tokens name, times `number` */
+    MK_OP_NORM,    /* y = norm of x, in `groups` groups of `cols` columns, `step` apart, from `at` on */
+    MK_OP_LINEAR,  /* y = act(weight x + bias) */
     MK_OP_CLIP,    /* x clamped to +-`number`, `cols` columns from `at` on, in place */
-    MK_OP_PLACE,   /* rope on queries and keys in x, in place; keys and values into the cache */
+    MK_OP_SCALE,   /* (x + bias) times weight, where there are, times `number`, `cols` columns from
+                      `at` on, in place; WIDE: unrounded */
+    MK_OP_WARM,    /* x times what its position makes of `number` and `floor`, likewise */
+    MK_OP_COPY,    /* blocks of columns of x into y */
+    MK_OP_GATED,   /* y times sigmoid or softplus of x, `groups` numbers for `cols` columns from `to` */
+    MK_OP_TURN,    /* rope on `heads` heads of x, `step` apart from `at` on, in place */
+    MK_OP_STORE,   /* columns of x from `at` on into `keys`, then those into `values` */
     MK_OP_ATTEND,  /* the queries in x look at the cache, in blocks of keys */
     MK_OP_MERGE,   /* y = what ATTEND found in its blocks of keys, put together */
-    MK_OP_ADD,     /* y += number * x; FIRST: y = number * x */
+    MK_OP_ABSORB,  /* y = queries in the space of the latent: see attention.c */
+    MK_OP_EXPAND,  /* y = values from what was read of it */
+    MK_OP_ADD,     /* y = keeps * y + number * x; FIRST: y = number * x */
     MK_OP_GATE,    /* router logits of x; with a shared expert, also its hidden row and its gate, of z */
     MK_OP_ROUTE,   /* logits to experts, for every lane and policy place */
+    MK_OP_KEEP,    /* what somebody else decided, logits in x, into the record */
     MK_OP_EXPERTS, /* hidden rows of the chosen experts, of x */
     MK_OP_DOWN,    /* outputs of the chosen experts, each times its weight, and of the shared one */
-    MK_OP_COMBINE, /* y = their sum */
+    MK_OP_COMBINE, /* y = their sum, and what comes after it */
     MK_OP_HEAD,    /* logits of x, into the caller's array, and what is found of their blocks */
     MK_OP_EXPECT,  /* what those logits say of the next token, into the caller's arrays */
 } mk_kind;
 
 enum {
     MK_FIRST = 1,         /* ADD: nothing has been added yet */
-    MK_WIDE_NORM = 2,     /* NORM: the weight is multiplied in float32; else after rounding */
-    MK_WIDE_ROPE = 2,     /* PLACE: cos and sin are float32, and one rounding at the end */
-    MK_GLU = 4,           /* LINEAR */
+    MK_WIDE = 2,          /* NORM: the weight is multiplied in float32; TURN: cos and sin are
+                             float32; GATED, WARM: the factor is not rounded; SCALE, ADD: neither
+                             is what comes of it */
+    MK_CENTRED = 4,       /* NORM: less the mean */
     MK_WEIGHT_FIRST = 8,  /* EXPERTS: the combine weight is multiplied into x */
+    MK_PAIRS = 16,        /* TURN: neighbours are turned; else columns half a head apart */
+    MK_SOFTPLUS = 32,     /* GATED */
+    MK_POWER = 64,        /* WARM: (1 + (p + 1) / floor) ^ number */
+    MK_ONE_LESS = 128,    /* WARM: positions count from 0; else from 1 */
+    MK_SUM = 256,         /* COMBINE: adds up; else y is there already */
+    MK_FINISH = 512,      /* COMBINE: scale, bias and shared expert */
+    MK_NULL = 1024,       /* COMBINE: null experts give z */
+    MK_AVERAGE = 2048,    /* COMBINE: half the sum with the shared expert */
+    MK_SHARES = 4096,     /* ATTEND, MERGE: shares are rounded, where one block holds all keys; else
+                             what they are made of, as fused attention does */
+    MK_ROUNDED = 8192,    /* ATTEND: scores are rounded at every step; COPY: so is what is copied */
 };
 
-/* Names as in `DecoderSpec`; what a kind does not use is 0. Weights are contiguous rows. */
+/* Places in `native_ops.ACTIVATIONS`. */
+enum { MK_NONE, MK_SILU, MK_GELU, MK_GELU_TANH, MK_RELU2, MK_SWISH };
+
+/* act(x), or act(gate) * (up + shift) where the matrix has rows of both, the gate's first. */
+typedef struct {
+    int32_t kind, gated;
+    int32_t after;       /* the gate is clamped after the activation; else before */
+    float limit, alpha, shift; /* limit 0: none */
+} mk_act;
+
+/* Names as in `DecoderSpec`; what a kind does not use is 0. Weights are contiguous rows of the
+ * model's dtype; biases, and weights of norms and scales, are float32. */
 typedef struct {
     int32_t kind, flags;
     int32_t x, y, z;         /* buffers, by number */
     int32_t rows, cols;      /* of `weight`; the expert width and the hidden width of a MoE */
-    int32_t at, groups;
-    int32_t heads, kv_heads, head_dim, window;
+    int32_t at, groups, step; /* columns of x; `to` and `to_step` those of y */
+    int32_t to, to_step;
+    int32_t heads, kv_heads, head_dim, v_dim;
+    int32_t key_step, value_step; /* columns of a row of `keys` and `values` */
+    int32_t window, chunk;
+    int32_t turned;          /* TURN: dims of a head that are turned */
+    int32_t switch_at;       /* TURN: tokens from which the second half of the tables is meant */
     int32_t router;          /* which of the L */
     int32_t classes;         /* E: routed and null experts */
     int32_t experts;         /* routed experts */
     int32_t logits_dtype;    /* what a gate's output is rounded to */
-    int32_t shared_width;    /* 0: no shared expert */
-    float number, eps;       /* `number`: a limit, a multiplier, or attention's scale */
-    const void *weight, *bias;
+    int32_t shared_width, shared_rows; /* 0: no shared expert */
+    float number, eps;       /* `number`: a limit, a factor, or attention's scale */
+    float keeps, cap, floor; /* `cap`: of scores or logits; 0: none */
+    mk_act act, shared_act;
+    const void *weight;
+    const float *bias;
     const void *shared_up, *shared_down, *shared_gate; /* GATE, DOWN and COMBINE */
+    const float *shared_up_bias, *shared_down_bias;
     const void *const *gates; /* GATE: [MK_GATES], some NULL */
-    void *cache;             /* [2, lanes, kv_heads, capacity, head_dim] */
-    const void *cos, *sin;   /* [capacity, head_dim]; NULL: no rope */
+    const float *correction_bias, *per_expert_scale; /* ROUTE: [E] or NULL */
+    const float *sinks;       /* ATTEND, MERGE: [heads] or NULL */
+    void *keys, *values;      /* [lanes, kv_heads, capacity, key_step or value_step] */
+    const void *cos, *sin;    /* [capacity, turned] */
 } mk_op;
 
 /* Where routing is written: [lanes of the call, places, routers, ...], float32 or int32. What place
@@ -137,11 +180,16 @@ MK_EXPORT mk_step *mk_step_create(mk_pool *pool, const char *isa, int32_t dtype,
                                   int32_t lanes, int32_t capacity, int32_t width);
 MK_EXPORT void mk_step_destroy(mk_step *step);
 
-/* One token for each of `count` lanes. logits [count, vocabulary] float32. Returns the first router
- * that met logits which are not finite, -1 where none did. */
-MK_EXPORT int32_t mk_step_run(mk_step *step, int32_t count, const int32_t *lanes,
-                              const int32_t *starts, const int64_t *token_ids,
-                              const mk_record *record, float *logits, const mk_expected *expected);
+/* Where a buffer is: [lanes, `stride`] float32. */
+MK_EXPORT float *mk_step_buffer(mk_step *step, int32_t buffer, int64_t *stride);
+
+/* Operators `first` to `last` - 1 of one token for each of `count` lanes. logits [count, vocabulary]
+ * float32. Returns the first router that met logits which are not finite, -1 where none did; that
+ * is known when all operators ran. */
+MK_EXPORT int32_t mk_step_run(mk_step *step, int32_t first, int32_t last, int32_t count,
+                              const int32_t *lanes, const int32_t *starts,
+                              const int64_t *token_ids, const mk_record *record, float *logits,
+                              const mk_expected *expected);
 
 /* 0: done; -1: not with this instruction set or these sizes, or no memory. */
 MK_EXPORT int32_t mk_experts_run(mk_pool *pool, const char *isa, const mk_experts *given);

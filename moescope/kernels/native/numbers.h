@@ -80,4 +80,18 @@ MK_INLINE float mk_exp(float x) {
     return x != x ? x : y;
 }
 
+/* tanh within 2 ulp (Cephes' polynomial near 0, else by the exponential); NaN stays NaN. */
+MK_INLINE float mk_tanh(float x) {
+    float square = x * x, p = -5.70498872745e-3f;
+    p = p * square + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    float near = p * square * x + x;
+    float size = x < 0.0f ? -x : x;
+    float far = 1.0f - 2.0f / (mk_exp(size + size) + 1.0f);
+    far = x < 0.0f ? -far : far;
+    return size < 0.625f ? near : far;
+}
+
 #endif

@@ -27,8 +27,12 @@ typedef struct {
     mk_rows rows[MK_DTYPES];     /* by the dtype of the weights */
     int input[MK_DTYPES];        /* the dtype `rows` wants its vectors in */
     mk_mix mix[MK_DTYPES];
-    /* gate[i] = act(gate[i]) * up[i], each step rounded to dtype */
+    /* gate[i] = silu(gate[i]) * up[i], each step rounded to dtype; and the same of any activation,
+     * where `up` may be NULL */
     void (*silu_times)(float *gate, const float *up, int n, int dtype);
+    void (*activate)(const mk_act *act, float *gate, const float *up, int n, int dtype);
+    /* x[i] = cap * tanh(x[i] / cap), each step rounded to dtype */
+    void (*squash)(float *x, int n, float cap, int dtype);
     /* x[i] = exp(x[i] - most); returns the sum */
     float (*exp_sum)(float *x, int n, float most);
     /* of every MK_BLOCK logits: the largest, NaN where one is NaN, and the sum of exp(x - it) */

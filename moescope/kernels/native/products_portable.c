@@ -93,6 +93,8 @@ const mk_isa mk_portable = {
     {MK_FLOAT32, MK_FLOAT32, MK_FLOAT32},
     {f32_mix, bf16_mix, f16_mix},
     plain_silu_times,
+    plain_activate,
+    plain_squash,
     plain_exp_sum,
     plain_sum_up,
     plain_diverge,

@@ -18,6 +18,71 @@ static TARGET void NAME(silu_times)(float *gate, const float *up, int n, int dty
     }
 }
 
+MK_INLINE TARGET void NAME(apply)(const int kind, float alpha, float *x, int n, const int dtype) {
+    switch (kind) {
+    case MK_SILU:
+        for (int i = 0; i < n; i++) x[i] = mk_round(x[i] / (1.0f + mk_exp(-x[i])), dtype);
+        break;
+    case MK_GELU:
+        for (int i = 0; i < n; i++)
+            x[i] = mk_round(0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f)), dtype);
+        break;
+    case MK_GELU_TANH:
+        for (int i = 0; i < n; i++) {
+            float inner = 0.79788456f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
+            x[i] = mk_round(0.5f * x[i] * (1.0f + mk_tanh(inner)), dtype);
+        }
+        break;
+    case MK_RELU2:
+        for (int i = 0; i < n; i++) {
+            float positive = x[i] < 0.0f ? 0.0f : x[i]; /* NaN stays */
+            x[i] = mk_round(positive * positive, dtype);
+        }
+        break;
+    case MK_SWISH:
+        for (int i = 0; i < n; i++) {
+            float share = mk_round(1.0f / (1.0f + mk_exp(-mk_round(x[i] * alpha, dtype))), dtype);
+            x[i] = mk_round(x[i] * share, dtype);
+        }
+        break;
+    default: break;
+    }
+}
+
+MK_INLINE TARGET void NAME(activate_in)(const mk_act *act, float *gate, const float *up, int n,
+                                        const int dtype) {
+    float limit = act->limit > 0.0f ? act->limit : INFINITY;
+    float before = act->after || !act->gated ? INFINITY : limit, after = act->after ? limit : INFINITY;
+    for (int i = 0; i < n; i++) {
+        float x = mk_round(gate[i], dtype);
+        gate[i] = x > before ? before : x;
+    }
+    NAME(apply)(act->kind, act->alpha, gate, n, dtype);
+    if (!act->gated) return;
+    for (int i = 0; i < n; i++) {
+        float u = mk_round(up[i], dtype), x = gate[i] > after ? after : gate[i];
+        u = u > limit ? limit : u;
+        u = u < -limit ? -limit : u;
+        gate[i] = mk_round(x * mk_round(u + act->shift, dtype), dtype);
+    }
+}
+
+static TARGET void NAME(activate)(const mk_act *act, float *gate, const float *up, int n,
+                                  int dtype) {
+    int plain = act->kind == MK_SILU && act->gated && act->limit == 0.0f && act->shift == 0.0f;
+    if (plain) NAME(silu_times)(gate, up, n, dtype);
+    else if (dtype == MK_BFLOAT16) NAME(activate_in)(act, gate, up, n, MK_BFLOAT16);
+    else if (dtype == MK_FLOAT32) NAME(activate_in)(act, gate, up, n, MK_FLOAT32);
+    else NAME(activate_in)(act, gate, up, n, MK_FLOAT16);
+}
+
+static TARGET void NAME(squash)(float *x, int n, float cap, int dtype) {
+    for (int i = 0; i < n; i++) {
+        float y = mk_round(mk_tanh(mk_round(x[i] / cap, dtype)), dtype);
+        x[i] = mk_round(y * cap, dtype);
+    }
+}
+
 static TARGET float NAME(exp_sum)(float *x, int n, float most) {
     float sums[16] = {0};
     int i = 0;

@@ -23,19 +23,27 @@ MK_EXPORT const char *mk_isa_name(const char *wanted) {
 /* Prepares operators until one has chunks: what is small is done here, by one thread. */
 static int next_phase(void *job, mk_chunk *chunk) {
     mk_step *s = job;
-    for (int chunks = 0; s->place < s->count;) {
+    for (int chunks = 0; s->place < s->last;) {
         const mk_op *op = s->op = &s->ops[s->place++];
         switch ((mk_kind)op->kind) {
         case MK_OP_EMBED: mk_embed(s, op); break;
         case MK_OP_NORM: mk_norm(s, op); break;
         case MK_OP_CLIP: mk_clip(s, op); break;
-        case MK_OP_PLACE: mk_place(s, op); break;
+        case MK_OP_SCALE: mk_scale(s, op); break;
+        case MK_OP_WARM: mk_warm(s, op); break;
+        case MK_OP_COPY: mk_copy(s, op); break;
+        case MK_OP_GATED: mk_gated(s, op); break;
+        case MK_OP_TURN: mk_turn(s, op); break;
+        case MK_OP_STORE: mk_remember(s, op); break;
         case MK_OP_MERGE: mk_merge(s, op); break;
         case MK_OP_ADD: mk_add(s, op); break;
+        case MK_OP_KEEP: mk_keep(s, op); break;
         case MK_OP_LINEAR: chunks = mk_linear_phase(s, op), *chunk = mk_segment_chunk; break;
         case MK_OP_HEAD: chunks = mk_head_phase(s, op), *chunk = mk_head_chunk; break;
         case MK_OP_EXPECT: chunks = s->N, *chunk = mk_expect_chunk; break;
         case MK_OP_ATTEND: chunks = mk_attend_phase(s, op), *chunk = mk_attend_chunk; break;
+        case MK_OP_ABSORB: chunks = mk_latent_phase(s, op), *chunk = mk_absorb_chunk; break;
+        case MK_OP_EXPAND: chunks = mk_latent_phase(s, op), *chunk = mk_expand_chunk; break;
         case MK_OP_GATE: chunks = mk_gate_phase(s, op), *chunk = mk_segment_chunk; break;
         case MK_OP_ROUTE: chunks = mk_route_phase(s, op), *chunk = mk_route_chunk; break;
         case MK_OP_EXPERTS: chunks = mk_experts_phase(s, op), *chunk = mk_experts_chunk; break;
@@ -55,9 +63,14 @@ static int32_t invalid_router(const mk_step *s, const mk_record *record) {
     return -1;
 }
 
-MK_EXPORT int32_t mk_step_run(mk_step *s, int32_t count, const int32_t *lanes,
-                              const int32_t *starts, const int64_t *token_ids,
-                              const mk_record *record, float *logits,
+MK_EXPORT float *mk_step_buffer(mk_step *s, int32_t buffer, int64_t *stride) {
+    *stride = (int64_t)s->strides[buffer];
+    return s->buffers[buffer];
+}
+
+MK_EXPORT int32_t mk_step_run(mk_step *s, int32_t first, int32_t last, int32_t count,
+                              const int32_t *lanes, const int32_t *starts,
+                              const int64_t *token_ids, const mk_record *record, float *logits,
                               const mk_expected *expected) {
     s->N = count;
     s->at = lanes;
@@ -66,9 +79,10 @@ MK_EXPORT int32_t mk_step_run(mk_step *s, int32_t count, const int32_t *lanes,
     s->record = record;
     s->logits = logits;
     s->expected = expected;
-    s->place = 0;
+    s->place = first;
+    s->last = last < s->count ? last : s->count;
     mk_pool_run(s->pool, next_phase, s);
-    return invalid_router(s, record);
+    return s->last == s->count ? invalid_router(s, record) : -1;
 }
 
 /* --- memory --- */
@@ -86,23 +100,27 @@ static void *take(arena *a, size_t items, size_t size) {
 }
 
 typedef struct {
-    size_t widest, heads, head_dim, inner, outer, classes, shared, vocabulary;
+    size_t widest, heads, head_dim, v_dim, turned, inner, outer, classes, shared, vocabulary;
 } sizes;
 
 static size_t larger(size_t a, int b) { return b > 0 && (size_t)b > a ? (size_t)b : a; }
 
 static sizes sizes_of(const mk_op *ops, int count, const int32_t *widths, int buffers) {
-    sizes z = {1, 1, 1, 1, 1, 1, 1, 1};
+    sizes z = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     for (int i = 0; i < buffers; i++) z.widest = larger(z.widest, widths[i]);
     for (int i = 0; i < count; i++) {
         const mk_op *op = &ops[i];
         z.widest = larger(z.widest, op->cols);
-        z.heads = larger(z.heads, op->heads);
-        z.head_dim = larger(z.head_dim, op->head_dim);
+        if (op->kind == MK_OP_ATTEND) {
+            z.heads = larger(z.heads, op->heads);
+            z.head_dim = larger(z.head_dim, op->head_dim);
+            z.v_dim = larger(z.v_dim, op->v_dim);
+        }
+        z.turned = larger(z.turned, op->turned);
         z.classes = larger(z.classes, op->classes);
         z.shared = larger(z.shared, op->shared_width);
         if (op->kind == MK_OP_EXPERTS) z.inner = larger(z.inner, op->rows);
-        if (op->kind == MK_OP_DOWN) z.outer = larger(z.outer, op->rows);
+        if (op->kind == MK_OP_DOWN) z.outer = larger(larger(z.outer, op->rows), op->shared_rows);
         if (op->kind == MK_OP_HEAD) z.vocabulary = larger(z.vocabulary, op->rows);
     }
     z.widest = larger(larger(z.widest, (int)z.inner), (int)z.shared);
@@ -127,7 +145,7 @@ static void lay_out_scratch(mk_scratch *scratch, arena *a, size_t lanes, const s
     float **y = take(a, rows, sizeof(float *)), **other = take(a, rows, sizeof(float *));
     const void **x = take(a, rows, sizeof(void *));
     float *scores = take(a, z->heads * MK_KEYS, sizeof(float));
-    const float **seen = take(a, z->heads, sizeof(float *));
+    const float **seen = take(a, rows, sizeof(float *));
     float *scaled = take(a, mk_padded(z->widest), sizeof(float));
     void *route = take(a, mk_route_scratch((int)z->classes), 1);
     if (a->base == NULL) return;
@@ -143,8 +161,8 @@ static void lay_out(mk_step *s, arena *a, const sizes *z, const int32_t *widths,
     s->part_stride = mk_padded(z->outer);
     s->classes_stride = mk_padded(z->classes);
     s->shared_stride = mk_padded(z->shared);
-    s->query_stride = mk_padded(z->head_dim) * sizeof(float);
-    s->partial_stride = MK_PAD + mk_padded(z->head_dim);
+    s->query_stride = mk_padded(z->head_dim) * sizeof(float); /* of what heads ask, or found */
+    s->partial_stride = MK_PAD + mk_padded(z->v_dim);
     s->blocks = (s->capacity + MK_KEYS - 1) / MK_KEYS;
 
     float **rows = take(a, (size_t)buffers, sizeof(float *));
@@ -172,7 +190,7 @@ static void lay_out(mk_step *s, arena *a, const sizes *z, const int32_t *widths,
     s->shared_gate = take(a, lanes * MK_PAD, sizeof(float));
     s->queries = take(a, lanes * z->heads, s->query_stride);
     s->partial = take(a, lanes * z->heads * (size_t)s->blocks * s->partial_stride, sizeof(float));
-    s->rotation = take(a, 2 * z->head_dim, sizeof(float));
+    s->rotation = take(a, 2 * z->turned, sizeof(float));
     s->block_stride = mk_padded(z->vocabulary) / MK_BLOCK;
     s->block_most = take(a, lanes * s->block_stride, sizeof(float));
     s->block_sum = take(a, lanes * s->block_stride, sizeof(float));
@@ -220,12 +238,13 @@ MK_EXPORT void mk_step_destroy(mk_step *s) {
 
 MK_EXPORT int32_t mk_linear(mk_pool *pool, const char *isa, int32_t dtype, const void *weight,
                             int32_t rows, int32_t cols, const float *x, int32_t count, float *y) {
-    mk_op op = {.kind = MK_OP_HEAD, .weight = weight, .rows = rows, .cols = cols};
+    mk_op op = {
+        .kind = MK_OP_HEAD, .weight = weight, .rows = rows, .cols = cols, .number = 1.0f};
     mk_step *s = mk_step_create(pool, isa, dtype, &op, 1, &cols, 1, count, 1, 1);
     if (s == NULL) return -1;
     for (int n = 0; n < count; n++)
         memcpy(mk_row(s, 0, n), x + (size_t)n * (size_t)cols, (size_t)cols * sizeof *x);
-    mk_step_run(s, count, NULL, NULL, NULL, NULL, y, NULL);
+    mk_step_run(s, 0, 1, count, NULL, NULL, NULL, NULL, y, NULL);
     mk_step_destroy(s);
     return 0;
 }

@@ -24,7 +24,7 @@ typedef struct {
     const void *const *x; /* [N] */
     float *y;             /* [N, stride] */
     size_t stride;
-    bool glu;             /* `weight` has 2 * rows rows, and y = silu(gate) * up */
+    const mk_act *act;    /* NULL: none; gated: `weight` has 2 * rows rows */
     int round;            /* the dtype of y */
     int per, chunks;
 } mk_segment;
@@ -36,7 +36,7 @@ typedef struct {
     int *lane;              /* [lanes * width] */
     float *weight;          /* [lanes * width] */
     const void **x;         /* [lanes * width]: what gate_up multiplies */
-    float **inner;          /* [lanes * width]: silu(gate) * up */
+    float **inner;          /* [lanes * width]: act(gate) * up */
     const void **packed;    /* [lanes * width]: the same, as `down` wants it */
     int *place;             /* [classes] */
 } mk_plan;
@@ -46,7 +46,7 @@ typedef struct {
     float **y, **other;     /* [lanes or heads] */
     const void **x;         /* [lanes or heads] */
     float *scores;          /* [heads, MK_KEYS] */
-    const float **rows;     /* [heads] */
+    const float **rows;     /* [lanes or heads] */
     float *scaled;          /* [widest row] */
     void *route;
 } mk_scratch;
@@ -57,7 +57,7 @@ struct mk_step {
     int dtype, threads, lanes, capacity, width;
     size_t item; /* bytes of an element */
     mk_op *ops;
-    int count, place; /* operators, and the one that runs next */
+    int count, place, last; /* operators, the one that runs next, and where this call ends */
     float **buffers;
     size_t *strides;
 
@@ -96,7 +96,7 @@ struct mk_step {
     size_t query_stride;
     float *partial;               /* [lanes, heads, blocks, partial_stride]: most, sum, and the mix */
     size_t partial_stride;
-    float *rotation;              /* [2, head_dim] */
+    float *rotation;              /* [2, dims that are turned] */
     float *block_most, *block_sum; /* [lanes, block_stride], of the logits */
     size_t block_stride;
     mk_scratch *scratch;          /* [threads] */
@@ -115,12 +115,22 @@ MK_INLINE size_t mk_routing(const mk_record *r, int n, int place, int router) {
 
 /* rows.c: work on single rows, and packing. */
 void mk_round_row(float *x, int n, int dtype);
+void mk_add_row(float *y, const float *x, int n);
 void mk_pack_row(const mk_step *s, const float *from, void *to, int cols);
 const void *const *mk_pack(mk_step *s, int which, const float *rows, size_t stride, int cols);
 void mk_embed(mk_step *s, const mk_op *op);
 void mk_norm(mk_step *s, const mk_op *op);
 void mk_clip(mk_step *s, const mk_op *op);
+void mk_scale(mk_step *s, const mk_op *op);
+void mk_copy(mk_step *s, const mk_op *op);
+void mk_gated(mk_step *s, const mk_op *op);
 void mk_add(mk_step *s, const mk_op *op);
+
+/* places.c: what depends on a token's position, and the caches. */
+void mk_warm(mk_step *s, const mk_op *op);
+void mk_turn(mk_step *s, const mk_op *op);
+void mk_remember(mk_step *s, const mk_op *op);
+size_t mk_cached(const mk_step *s, const mk_op *op, int step, int lane, int head, int at);
 
 /* What follows returns the number of chunks of a phase. */
 
@@ -135,15 +145,18 @@ void mk_head_chunk(void *step, int index, int thread);
 void mk_expect_chunk(void *step, int n, int thread);
 
 /* attention.c */
-void mk_place(mk_step *s, const mk_op *op);
 int mk_attend_phase(mk_step *s, const mk_op *op);
 void mk_attend_chunk(void *step, int index, int thread);
 void mk_merge(mk_step *s, const mk_op *op);
+int mk_latent_phase(mk_step *s, const mk_op *op);
+void mk_absorb_chunk(void *step, int index, int thread);
+void mk_expand_chunk(void *step, int index, int thread);
 
 /* moe.c */
 int mk_gate_phase(mk_step *s, const mk_op *op);
 int mk_route_phase(mk_step *s, const mk_op *op);
 void mk_route_chunk(void *step, int index, int thread);
+void mk_keep(mk_step *s, const mk_op *op);
 int mk_experts_phase(mk_step *s, const mk_op *op);
 void mk_experts_chunk(void *step, int index, int thread);
 int mk_down_phase(mk_step *s, const mk_op *op);
