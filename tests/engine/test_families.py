@@ -162,6 +162,24 @@ def test_other_model_types_are_refused_by_name(
     assert refused({"model_type": model_type, **extra}).message.startswith(says)
 
 
+@pytest.mark.parametrize(
+    ("config", "edit", "says"),
+    [
+        (OLMOE, {"clip_qkv": 8.0}, "mlx-lm (0.32) ignores clip_qkv"),
+        (MIXTRAL, {"sliding_window": 4096}, "mlx-lm (0.32) ignores sliding_window"),
+        (QWEN2, {"norm_topk_prob": True}, "mlx-lm (0.32) ignores norm_topk_prob"),
+        (PUBLISHED["step3p5"], {"need_fp32_gate": True}, "the gate's product is in float32"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_others_read_otherwise_is_noted_where_it_matters(
+    config: dict[str, Any], edit: dict[str, Any], says: str
+) -> None:
+    plain = {key: value for key, value in config.items() if key not in edit}
+    assert any(note.startswith(says) for note in families.notes({**plain, **edit}))
+    assert not any(note.startswith(says) for note in families.notes(plain))
+
+
 def test_a_family_under_another_name() -> None:
     config = PUBLISHED["deepseek_v3"]
     renamed = {**config, "model_type": "joyai_llm_flash"}

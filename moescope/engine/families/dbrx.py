@@ -108,6 +108,8 @@ FAMILIES = {
         notes=(
             "transformers (5.23) ignores the rope_theta of attn_config and takes 10000; "
             "moescope takes what the config says",
+            "scores are in the model's dtype, as in transformers; mlx-lm scores in float32, so in "
+            "bfloat16 near ties may fall otherwise",
         ),
     ),
 }

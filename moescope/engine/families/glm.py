@@ -103,5 +103,7 @@ FAMILIES = {
     "glm_moe_dsa": Family(
         "GLM-5", glm_moe_dsa, PRE_NORM_NAMES, _ROUTED, _KEYS, notes=(MASK_NOTE, INDEX_NOTE)
     ),
-    "solar_open": Family("Solar Open", solar_open, PRE_NORM_NAMES, _ROUTED, _KEYS),
+    "solar_open": Family(
+        "Solar Open", solar_open, PRE_NORM_NAMES, _ROUTED, _KEYS, notes=(MASK_NOTE,)
+    ),
 }

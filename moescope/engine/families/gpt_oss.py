@@ -59,6 +59,8 @@ FAMILIES = {
         notes=(
             "mlx-lm (0.32) rounds the bounds of YaRN's ramp where `truncate` is false; "
             "transformers, and moescope, do not",
+            "the chosen are scored in the model's dtype, as in transformers; mlx-lm scores them in "
+            "float32, so in bfloat16 weights differ by a rounding",
         ),
     ),
 }

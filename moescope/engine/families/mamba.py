@@ -12,6 +12,7 @@ from dataclasses import replace
 from moescope.engine.config import Fields
 from moescope.engine.decoder import Branch, DecoderSpec, Layer
 from moescope.engine.families import biased, common
+from moescope.engine.families.deepseek import MASK_NOTE
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES, Names
 from moescope.engine.operators import (
@@ -287,7 +288,7 @@ FAMILIES = {
         nemotron_h,
         NEMOTRON_NAMES,
         "renormalised sigmoid, biased choice, experts without a gate",
-        notes=(_STEP_NOTE,),
+        notes=(MASK_NOTE, _STEP_NOTE),
     ),
     "granitemoehybrid": Family(
         "Granite 4",

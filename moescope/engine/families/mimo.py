@@ -10,6 +10,7 @@ from __future__ import annotations
 from moescope.engine.config import Fields
 from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import biased, common, ropes
+from moescope.engine.families.deepseek import MASK_NOTE
 from moescope.engine.families.family import Family
 from moescope.engine.families.names import PRE_NORM_NAMES, Names
 from moescope.engine.operators import Attention, Rope
@@ -111,5 +112,6 @@ FAMILIES = {
         mimo_v2_flash,
         NAMES,
         "renormalised sigmoid, biased choice",
+        notes=(MASK_NOTE,),
     ),
 }

@@ -125,6 +125,8 @@ FAMILIES = {
         notes=(
             "sparse layers see every key up to index_topk_blocks × index_block_size tokens; lanes "
             "end there",
+            "routed_scaling_factor is on the experts' sum, as in transformers; mlx-lm has it in "
+            "the weights, so weights recorded there differ by the factor",
         ),
     ),
 }

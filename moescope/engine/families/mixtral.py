@@ -5,7 +5,7 @@ from __future__ import annotations
 from moescope.engine.config import Fields
 from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import common
-from moescope.engine.families.family import Family
+from moescope.engine.families.family import Family, NoteIf
 from moescope.engine.families.names import PRE_NORM_NAMES
 from moescope.engine.operators import MoE
 
@@ -21,6 +21,12 @@ def mixtral(config: Fields) -> DecoderSpec:
 
 
 _LOCAL = {"moe_intermediate_size": "intermediate_size", "num_experts": "num_local_experts"}
+_WINDOW = NoteIf(
+    "mlx-lm (0.32) ignores sliding_window; transformers, and moescope, see no further back",
+    lambda config: config.has("sliding_window"),
+)
 FAMILIES = {
-    "mixtral": Family("Mixtral", mixtral, PRE_NORM_NAMES, "always renormalised", _LOCAL),
+    "mixtral": Family(
+        "Mixtral", mixtral, PRE_NORM_NAMES, "always renormalised", _LOCAL, (_WINDOW,)
+    ),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moescope.engine.config import Fields
 from moescope.engine.decoder import Branch, DecoderSpec, Layer
 from moescope.engine.families import common
-from moescope.engine.families.family import Family
+from moescope.engine.families.family import Family, NoteIf
 from moescope.engine.families.names import POST_NORM_NAMES, PRE_NORM_NAMES
 from moescope.engine.operators import MoE, Norm
 
@@ -49,7 +49,11 @@ def flex_olmo(config: Fields) -> DecoderSpec:
 
 
 _WIDTH = {"moe_intermediate_size": "intermediate_size"}
+_CLIP = NoteIf(
+    "mlx-lm (0.32) ignores clip_qkv; transformers, and moescope, clamp queries, keys and values",
+    lambda config: config.has("clip_qkv"),
+)
 FAMILIES = {
-    "olmoe": Family("OLMoE", olmoe, PRE_NORM_NAMES, "not renormalised", _WIDTH),
+    "olmoe": Family("OLMoE", olmoe, PRE_NORM_NAMES, "not renormalised", _WIDTH, (_CLIP,)),
     "flex_olmo": Family("FlexOlmo", flex_olmo, POST_NORM_NAMES, "not renormalised", _WIDTH),
 }

@@ -12,7 +12,7 @@ from dataclasses import replace
 from moescope.engine.config import Fields
 from moescope.engine.decoder import DecoderSpec
 from moescope.engine.families import common
-from moescope.engine.families.family import Family
+from moescope.engine.families.family import Family, NoteIf
 from moescope.engine.families.names import PRE_NORM_NAMES
 from moescope.engine.operators import MLP, Attention, Experts, MoE
 from moescope.kernels.spec import RouterSpec
@@ -124,9 +124,17 @@ def _expect_layer_types(config: Fields, kind: str) -> None:
         raise config.error("layer_types", f"{kind} in every layer")
 
 
+_NEVER = NoteIf(
+    "mlx-lm (0.32) ignores norm_topk_prob and never renormalises; transformers, and moescope, do",
+    lambda config: config.raw("norm_topk_prob") is True,
+)
 FAMILIES = {
     "qwen2_moe": Family(
-        "Qwen2-MoE", qwen2_moe, PRE_NORM_NAMES, "not renormalised, gated shared expert"
+        "Qwen2-MoE",
+        qwen2_moe,
+        PRE_NORM_NAMES,
+        "not renormalised, gated shared expert",
+        notes=(_NEVER,),
     ),
     "qwen3_moe": Family("Qwen3-MoE", qwen3_moe, PRE_NORM_NAMES, "renormalised"),
     "qwen3_vl_moe_text": Family(
