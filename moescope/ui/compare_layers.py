@@ -51,12 +51,11 @@ class LayersData:
 @dataclass(frozen=True, slots=True)
 class GateData:
     """Rows of the right lane's gate by the flips they turned: (`L00 E004`, flips, largest
-    difference of its logit). `why` stands there where there are none."""
+    difference of its logit); `said` is the sentence above them."""
 
     title: str
-    note: str
-    rows: tuple[tuple[str, int, float], ...]
-    why: str
+    said: str
+    rows: tuple[tuple[str, int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +117,13 @@ def gate_data(pair: Pair, found: GateRows | None, fed_alike: bool) -> GateData:
     title = f"gate of {right} · rows to keep in higher precision"
     if found is None or not found.flips:
         unfed = "gates are crossed where both are fed the same tokens: t"
-        return GateData(title, "", (), "no flip comes from the gate" if fed_alike else unfed)
+        return GateData(title, "no flip comes from the gate" if fed_alike else unfed)
     rows = tuple(
         (f"L{row.layer:02d} E{row.expert:03d}", row.flips, row.error) for row in found.rows
     )
-    note = f"{found.flips} flips" + (f", {found.shared} by several rows" if found.shared else "")
-    return GateData(title, note, rows, "every flip took several rows at once")
+    flips = "1 flip comes" if found.flips == 1 else f"{found.flips} flips come"
+    shared = f", {found.shared} by several rows at once" if found.shared else ""
+    return GateData(title, f"{flips} from the gate{shared}", rows)
 
 
 def _known(value: float) -> float | None:

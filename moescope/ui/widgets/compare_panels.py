@@ -79,16 +79,17 @@ class GatePanel(Panel[GateData]):
     EMPTY = "nothing to compare yet"
 
     def labels(self, data: GateData) -> tuple[str, str]:
-        return data.title, data.note
+        return data.title, ""
 
     def draw(self, data: GateData, width: int, height: int) -> Sequence[Row]:
+        rows: list[Row] = [((cut(data.said, width), "text"),)]
         if not data.rows:
-            return (((cut(data.why, width), "dim"),),)
+            return rows
         most = data.rows[0][1]
-        bar = max(0, min(24, width - 36))
+        bar = max(0, min(24, width - 42))
         head = fit("row", 10) + fit("flips turned", 14, ">") + fit("logit off by", 14, ">")
-        rows: list[Row] = [((cut(head, width), "dim"),)]
-        room = max(1, height - 1)
+        rows.append(((cut(head, width), "dim"),))
+        room = max(1, height - 2)
         shown = data.rows[: room if len(data.rows) <= room else room - 1]
         for place, flips, error in shown:
             rows.append(
@@ -96,7 +97,7 @@ class GatePanel(Panel[GateData]):
                     (fit(place, 10), "strong"),
                     (fit(str(flips), 14, ">"), "text"),
                     (fit(f"{error:.3f}", 14, ">"), "text"),
-                    ("  " + "█" * round(bar * flips / most), "accent"),
+                    ("  " + "━" * round(bar * flips / most), "accent"),
                 )
             )
         if len(data.rows) > len(shown):
