@@ -1,7 +1,7 @@
 """Which fields of a `DecoderSpec` a program honours, as tables, and the first that it does not.
 
 A field that is not in a table is honoured. Imports no torch: the tables say what the torch
-interpreter runs, and what the fused decode steps cover of that.
+interpreter runs, and what the CUDA graph covers of that; `native_limits` says what the C step does.
 """
 
 from __future__ import annotations
@@ -10,26 +10,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from moescope.engine.decoder import Branch, DecoderSpec, Layer
+from moescope.engine.decoder import Branch, DecoderSpec
 from moescope.engine.operators import (
     MLA,
     MLP,
     Attention,
     ConvolvedAttention,
-    Experts,
     GateNetwork,
     LinearAttention,
     MoE,
-    Norm,
     Pass,
-    Rope,
-    RopeScaling,
     RoutedAttention,
     ShortConv,
     StateSpace,
 )
 from moescope.errors import ExitCode, MoescopeError
-from moescope.kernels.spec import RouterPolicy, RouterWiring
+from moescope.kernels.spec import RouterWiring
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,66 +89,6 @@ GRAPH = Limits(
         MoE: {"gate_network": ()},
     },
 )
-# One token in one call of the C library on a CPU; what that does not cover goes through the torch
-# operators.
-NATIVE = Limits(
-    (Attention, MLP, MoE),
-    {
-        DecoderSpec: {
-            "head_bias": (),
-            "norm_head": (),
-            "embedding_scale": (),
-            "learned_embedding": (),
-            "residual_dtype": (),
-            "logit_scale": (),
-            "logit_softcap": (),
-            "carried": (),
-        },
-        Norm: {"kind": (), "bias": (), "weight": (), "gate_rank": ()},
-        Branch: {"keeps": (), "learned_sum": ()},
-        Layer: {"learned_scale": ()},
-        Rope: {"style": (), "sections": ()},
-        RopeScaling: {"kind": ("linear", "yarn", "llama3", "alpha")},
-        Attention: {
-            name: ()
-            for name in (
-                "chunk",
-                "v_head_dim",
-                "qk_norm_after_rope",
-                "v_norm",
-                "sinks",
-                "softcap",
-                "gate",
-                "keys_are_values",
-                "value_scale",
-                "temperature_scale",
-                "gate_bias",
-                "shares_kv_of",
-            )
-        },
-        MLP: {"activation": (), "glu": (), "bias": (), "limit": (), "up_shift": ()},
-        Experts: {
-            "activation": (),
-            "glu": (),
-            "bias": (),
-            "limit": (),
-            "up_shift": (),
-            "hidden": (),
-        },
-        MoE: {"output_bias": (), "sums_in_float32": (), "gate_network": ()},
-        RouterPolicy: {"correction_bias": (), "per_expert_scale": ()},
-        RouterWiring: {
-            "router_input": ("normed", "residual"),
-            "null_expert_kind": ("none", "skip"),
-            "gate_bias": (),
-            "hash_table": (),
-            "shared_combination": (),
-            "moe_latent_size": (),
-            "expert_pre_norm": (),
-            "expert_post_norm": (),
-        },
-    },
-)
 
 
 def refuse_unsupported(spec: DecoderSpec) -> None:
@@ -166,20 +102,8 @@ def refuse_unsupported(spec: DecoderSpec) -> None:
 
 
 def why_not_fused(spec: DecoderSpec, program: Limits) -> str:
-    """Why a fused step, `NATIVE` or `GRAPH`, does not cover a decoder; "" where it does."""
+    """Why a fused step (`GRAPH`) does not cover a decoder; "" where it does."""
     if (found := program.first(spec)) is not None:
         name, value = found
         return f"{name} {value}: no fused form"
-    return _why_not_wired(spec) if program is NATIVE else ""
-
-
-def _why_not_wired(spec: DecoderSpec) -> str:
-    """What else the C library does not do."""
-    for _, branch in spec.operators():
-        operator = branch.operator
-        rope = getattr(operator, "rope", None)
-        if isinstance(operator, Attention) and rope and rope.dims != operator.head_dim:
-            return f"Rope.dims {rope.dims}: no fused form"
-        if branch.adds_to != "residual" or branch.reads != "residual":
-            return f"Branch.reads {branch.reads}: no fused form"
     return ""

@@ -318,10 +318,3 @@ def test_wiring_mistakes_are_caught(edit: Any, says: str) -> None:
         DecoderSpec(V, H, CONTEXT, (Layer((edit(branch),)),), Norm(H))
     with pytest.raises(ValueError, match="the name is used twice"):
         DecoderSpec(V, H, CONTEXT, (Layer((branch, branch)),), Norm(H))
-
-
-@pytest.mark.parametrize("model_type", TABLE)
-def test_no_fused_step_claims_a_decoder_it_does_not_cover(model_type: str) -> None:
-    from moescope.engine.limits import NATIVE, why_not_fused
-
-    assert why_not_fused(TABLE[model_type][0](), NATIVE).endswith("no fused form")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moescope.engine.interpreter import StepOutput
-from moescope.engine.limits import GRAPH, NATIVE, refuse_unsupported, why_not_fused
+from moescope.engine.limits import GRAPH, refuse_unsupported, why_not_fused
 from moescope.engine.load import load_model
 from moescope.engine.operators import Attention
 from moescope.engine.protocol import LoadRequest
@@ -326,25 +326,6 @@ def test_cache_bytes_are_what_open_allocates(folder: Path) -> None:
     model = fresh(folder, lanes=3)
     held = sum(cache.nbytes for cache in model.shared.caches)
     assert model.cache_bytes(3, model.shared.capacity) == held
-
-
-def test_what_no_fused_step_does_is_left_to_the_operators(folder: Path) -> None:
-    spec = fresh(folder).spec
-    layer = spec.layers[0]
-    attention = layer.branches[0].operator
-    assert isinstance(attention, Attention)
-    for edit, named in (
-        ({"sinks": True}, "Attention.sinks True"),
-        ({"softcap": 30.0}, "Attention.softcap 30.0"),
-        ({"rope": replace(attention.rope, style="interleaved")}, "Rope.style interleaved"),
-        ({"rope": replace(attention.rope, dims=8)}, "Rope.dims 8"),
-    ):
-        branch = replace(layer.branches[0], operator=replace(attention, **edit))
-        wrong = replace(layer, branches=(branch, layer.branches[1]))
-        edited = replace(spec, layers=(wrong, *spec.layers[1:]))
-        assert why_not_fused(edited, NATIVE) == f"{named}: no fused form"
-        assert why_not_fused(edited, GRAPH) == ""
-        refuse_unsupported(edited)
 
 
 def test_what_no_graph_holds_is_named(folder: Path) -> None:
