@@ -75,3 +75,41 @@ MUTANTS = (
     Mutant("bound of the decay", _kda(decay_floor=-1.0), ("LinearAttention.decay_floor",)),
     Mutant("gate by silu", _kda(out_gate="silu"), ("LinearAttention.out_gate",)),
 )
+_FULL = [4, 8, 12, 16, 20, 24, 27]
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "kimi_linear": {
+        "model_type": "kimi_linear",
+        "vocab_size": 163840,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "moe_intermediate_size": 1024,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "num_experts": 256,
+        "num_experts_per_token": 8,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "moe_renormalize": True,
+        "moe_router_activation_func": "sigmoid",
+        "routed_scaling_factor": 2.446,
+        "num_expert_group": 1,
+        "topk_group": 1,
+        "linear_attn_config": {
+            "full_attn_layers": _FULL,
+            "kda_layers": [n for n in range(1, 28) if n not in _FULL],
+            "head_dim": 128,
+            "num_heads": 32,
+            "short_conv_kernel_size": 4,
+        },
+        "model_max_length": 1048576,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+}
+COUNTS = {"kimi_linear": (49.1, 3.11)}

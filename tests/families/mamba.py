@@ -100,3 +100,30 @@ def _ssm(**edits: Any) -> Any:
 
 
 MUTANTS = (Mutant("smallest step", _ssm(dt_floor=0.9), ("StateSpace.dt_floor",)),)
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "jamba": {
+        "model_type": "jamba",
+        "vocab_size": 65536,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "expert_layer_offset": 1,
+        "expert_layer_period": 2,
+        "attn_layer_offset": 4,
+        "attn_layer_period": 8,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_dt_rank": 256,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 262144,
+        "tie_word_embeddings": False,
+    }
+}
+COUNTS = {"jamba": (51.6, 11.8)}  # 52 and 12 by its paper
