@@ -21,6 +21,7 @@ from tests.tiny import FAMILIES
 OLMOE, QWEN3, QWEN2, MIXTRAL, FLEX = (
     PUBLISHED[name] for name in ("olmoe", "qwen3_moe", "qwen2_moe", "mixtral", "flex_olmo")
 )
+STEP = PUBLISHED["step3p5"]
 CONFIGS = {name: PUBLISHED[name] for name in FAMILIES}
 
 
@@ -163,12 +164,39 @@ def test_other_model_types_are_refused_by_name(
 
 
 @pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: expected a number"),
+        ({"yarn_only_types": []}, "yarn_only_types: expected full_attention, found []"),
+        ({"rope_theta": [5e6, 1e4] * 24}, "rope_theta: expected one number for all layers of sl"),
+        ({"swiglu_limits": [7.0] * 44}, "swiglu_limits: expected a list of 45 numbers, found a"),
+        ({"swiglu_limits": [-7.0] * 45}, "swiglu_limits: expected numbers 0..1e6"),
+        ({"moe_layers_enum": "3,x"}, 'moe_layers_enum: expected numbers of layers, not "x"'),
+        ({"moe_router_activation": "softmax"}, "moe_router_activation: expected one of sigmoid"),
+        ({"norm_expert_weight": False}, "norm_expert_weight: expected true, found false"),
+        ({"use_rope_layers": [False] * 45}, "use_rope_layers: expected true for every layer"),
+        (
+            {"num_sliding_attention_heads": 12},
+            "num_key_value_heads: expected a divisor of [12, 64]",
+        ),
+        ({"per_layer_config": {"3": {"head_dim": 64}}}, "per_layer_config: expected no head_dim"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_step_does_not_say_of_every_layer_is_refused(edit: dict[str, Any], says: str) -> None:
+    """In the text of a whole, too, by the place it has there."""
+    assert refused({**STEP, **edit}).message.startswith(f"config.json: {says}")
+    whole = {"model_type": "step3p7", "text_config": {**STEP, **edit}}
+    assert refused(whole).message.startswith(f"config.json: text_config.{says}")
+
+
+@pytest.mark.parametrize(
     ("config", "edit", "says"),
     [
         (OLMOE, {"clip_qkv": 8.0}, "mlx-lm (0.32) ignores clip_qkv"),
         (MIXTRAL, {"sliding_window": 4096}, "mlx-lm (0.32) ignores sliding_window"),
         (QWEN2, {"norm_topk_prob": True}, "mlx-lm (0.32) ignores norm_topk_prob"),
-        (PUBLISHED["step3p5"], {"need_fp32_gate": True}, "the gate's product is in float32"),
+        (STEP, {"need_fp32_gate": True}, "the gate's product is in float32"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -167,10 +167,9 @@ def _rope(config: Fields, sizes: common.Sizes, kind: str, types: Sequence[str]) 
         values = {
             "rope_theta": _of_type(config, "rope_theta", types, kind, 10000.0),
             "partial_rotary_factor": _of_type(config, "partial_rotary_factors", types, kind, 1.0),
+            **(stretched.values if stretched else {}),
         }
-        source = Fields(
-            values | dict(stretched.values if stretched else {}), prefix="rope_scaling."
-        )
+        source = Fields(values, config.file, f"{config.prefix}rope_scaling.")
     return ropes.read_rope(config, sizes.head_dim, sizes.context, source=source)
 
 
