@@ -5,13 +5,14 @@ Arrays that cross this border are numpy. Letters: N lanes in a call, T tokens of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.engine.decoder import DecoderSpec
 from moescope.engine.kept import Kept
 from moescope.engine.protocol import Sampling
 from moescope.engine.sampling import Expectation
@@ -53,6 +54,23 @@ class Router:
     spec: RouterSpec  # dtypes resolved
     tensors: dict[str, NDArray[Any]]  # correction_bias, per_expert_scale, hash_table
     site: Literal["mlp", "attention"] = "mlp"
+
+
+def routers_of(
+    spec: DecoderSpec, dtype: str, vector: Callable[[str], NDArray[np.float32]]
+) -> tuple[Router, ...]:
+    """The routers of a decoder that runs in `dtype`; `vector` reads a tensor of ours by name."""
+    found = []
+    for layer, branch, router in spec.routers():
+        policy = router.policy
+        uses = {
+            "correction_bias": policy.correction_bias != "none",
+            "per_expert_scale": policy.per_expert_scale,
+        }
+        path = f"layers.{layer}.{branch}.gate"
+        tensors = {name: vector(f"{path}.{name}").reshape(-1) for name in uses if uses[name]}
+        found.append(Router(layer, router.resolved(dtype), tensors))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

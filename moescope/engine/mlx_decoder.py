@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from moescope.engine import mlx_operators as ops
 from moescope.engine.decoder import DecoderSpec
-from moescope.engine.interpreter import Draw, Router, StepOutput
+from moescope.engine.interpreter import Draw, StepOutput, routers_of
 from moescope.engine.mlx_forward import Forward
 from moescope.engine.mlx_limits import refuse_unsupported
 from moescope.engine.mlx_operators import record as records
@@ -59,8 +59,8 @@ class MLXDecoder:
         self._thread = threading.get_ident()
         self.spec, self.dtype = spec, dtype
         self.vocab_size = spec.vocab_size
-        self.routers = tuple(
-            Router(layer, router.resolved(dtype), {}) for layer, _, router in spec.routers()
+        self.routers = routers_of(
+            spec, dtype, lambda name: np.array(ops.array(weights[name]).astype(mx.float32))
         )
         if compiled is None:
             compiled = mx.metal.is_available() or os.environ.get("MOESCOPE_MLX_COMPILE") == "1"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moescope.engine import torch_operators as ops
 from moescope.engine.decoder import RESIDUAL, Branch, DecoderSpec, state_bytes
-from moescope.engine.interpreter import Draw, Router, StepOutput
+from moescope.engine.interpreter import Draw, StepOutput, routers_of
 from moescope.engine.limits import refuse_unsupported
 from moescope.engine.operators import MoE, Rope, RoutedAttention, rotary_embeddings
 from moescope.engine.outputs import merged
@@ -68,9 +68,7 @@ class TorchDecoder:
         refuse_unsupported(spec)
         self.spec, self.device, self.dtype = spec, device, dtype
         self.vocab_size = spec.vocab_size
-        self.routers = tuple(
-            Router(layer, router.resolved(dtype), {}) for layer, _, router in spec.routers()
-        )
+        self.routers = routers_of(spec, dtype, lambda name: weights[name].float().cpu().numpy())
         self.kernels = {"attention": "torch sdpa", "router": "torch", "experts": "torch"}
         self._embed = weights["embed.weight"]
         self._head = weights["embed.weight" if spec.tied_head else "head.weight"]
