@@ -111,6 +111,7 @@ def _write_junit(path: Path, result: CheckResult, model: str, golden: str, secon
 
 
 def _lines(result: CheckResult, model: str, golden: str) -> list[str]:
+    from moescope.diagnosis.check import uncompared
     from moescope.diagnosis.check_junit import TITLES, line_of
 
     verdict = "agrees with" if result.passed else "differs from"
@@ -125,7 +126,7 @@ def _lines(result: CheckResult, model: str, golden: str) -> list[str]:
     ]
     lines += [f"   {name}: another one than the golden's" for name in _others(result)]
     for kind, title in TITLES.items():
-        shown = "not recorded" if not result.compared[kind] else f"{result.agreement[kind]:.2%}"
+        shown = uncompared(result, kind) or f"{result.agreement[kind]:.2%}"
         bad = [f"L{router.layer:02d}" for router in result.routers if not router.passed[kind]]
         where = "" if not bad else "   fails in " + _some(bad)
         lines.append(f"   {title:<22} {shown:>12}{where}")

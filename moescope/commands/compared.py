@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from moescope.diagnosis.gate_rows import GateRows
     from moescope.diagnosis.ladder import Ladder
 
-WIDTH = 92
+WIDTH = 92  # of texts, where the terminal is as wide
+LABEL = 38  # columns of what a row is about
 SHOWN_ROWS = 8  # of gates
 FED = {
     "free": "each lane writes its own text",
@@ -33,7 +35,7 @@ def lines(outcome: CompareRun, how: Mapping[str, str], models: Sequence[str] = (
         if written:
             text = options.plain(lane.text.strip("\n")) or f"ids {lane.token_ids}"
             for line in text.splitlines():
-                found += textwrap.indent(textwrap.fill(line, WIDTH), "   ").splitlines() or [""]
+                found += textwrap.indent(textwrap.fill(line, _room(3)), "   ").splitlines() or [""]
     fed = FED.get(how["mode"]) or FED.get(how["text"]) or f"same tokens: {how['text']}"
     for comparison in outcome.comparisons:
         found.append(f"\n{letter(comparison.lane_a)} and {letter(comparison.lane_b)}: {fed}")
@@ -45,8 +47,32 @@ def lines(outcome: CompareRun, how: Mapping[str, str], models: Sequence[str] = (
 
 def comparison_lines(comparison: Comparison) -> list[str]:
     """How far two lanes agree, and layer by layer."""
-    rows = [f"   {label:<34} {value}" for label, value in _rows(comparison)]
+    rows: list[str] = []
+    for label, value in _rows(comparison):
+        first, *rest = _folded(value)
+        rows += [f"   {label:<{LABEL - 4}} {first}", *(" " * LABEL + more for more in rest)]
     return rows + _layers(comparison)
+
+
+def _room(indent: int) -> int:
+    """Columns for text behind `indent`; where there is no terminal, `WIDTH`."""
+    columns = shutil.get_terminal_size((WIDTH + 3, 24)).columns
+    return max(20, min(WIDTH + 3, columns) - indent)
+
+
+def _folded(value: str) -> list[str]:
+    """A value in as many lines as it takes. Where parts of it stand two spaces apart, those are
+    kept whole."""
+    if "  " not in value:
+        return textwrap.wrap(value, _room(LABEL)) or [""]
+    lines = [""]
+    for part in value.split("  "):
+        longer = f"{lines[-1]}  {part}".strip()
+        if lines[-1] and len(longer) > _room(LABEL):
+            lines.append(part)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def letter(lane: int) -> str:
@@ -156,25 +182,26 @@ def _flips(count: int) -> str:
 
 def ladder_lines(ladder: Ladder) -> list[str]:
     """The rungs as a table, and what each of them took off."""
-    head = "   rung              KL mean   KL max  max |Δlogp|  same top-1  B would choose alike"
+    head = "   rung              KL mean   KL max  max |Δlogp|  same top-1  B alone alike"
     lines = ["", f"A's routing forced into B ({ladder.lane_b}), {ladder.tokens} tokens", head]
     for rung in ladder.rungs:
         lines.append(
             f"   {rung.name:<16} {_small(rung.kl_mean):>8} {_small(rung.kl_max):>8}"
             f" {_small(rung.logprob_max):>12} {_share(rung.top1_agrees):>11}"
-            f" {_share(rung.same_experts):>21}"
+            f" {_share(rung.same_experts):>14}"
         )
     shares = ladder.shares
     if shares is None:
         return [*lines, "   both expect the same next tokens: there is nothing to explain"]
-    said = {
+    titles = {
         "experts": "the choice of experts",
         "order": "their order",
         "weights": "their weights",
         "rest": "what is not routing",
     }
-    parts = [f"{said[name]} {share:.0%}" for name, share in shares.items()]
-    return [*lines, f"   of the mean KL: {', '.join(parts)}"]
+    parts = [f"{titles[name]} {share:.0%}" for name, share in shares.items()]
+    said = f"   of the mean KL: {', '.join(parts)}"
+    return [*lines, *textwrap.wrap(said, _room(0), subsequent_indent=" " * 6)]
 
 
 def _at(position: int | None) -> str:

@@ -90,7 +90,8 @@ class CheckResult:
     same: dict[str, bool | None]  # config, weights, tokenizer: the golden's model is this one
     routers: tuple[RouterCheck, ...]
     agreement: dict[str, float]  # kind -> share of rows that comply
-    compared: dict[str, bool]  # kinds the golden allows to compare
+    recorded: dict[str, bool]  # kinds the golden allows to compare
+    compared: dict[str, bool]  # kinds of which some row was compared
     largest_logprob_difference: float  # of the tokens fed; NaN where not recorded
     findings: tuple[Finding, ...]  # the first few of each kind and router, earliest first
 
@@ -149,6 +150,7 @@ def check(
         same=_same_model(golden, model),
         routers=per_router,
         agreement={kind: _share(rows.failed[kind].sum(), rows.of(kind).sum()) for kind in KINDS},
+        recorded=_recorded(sequences),
         compared={kind: bool(rows.of(kind).sum()) for kind in KINDS},
         largest_logprob_difference=float(logprob),
         findings=tuple(
@@ -156,6 +158,19 @@ def check(
             for f in rows.examples()
         ),
     )
+
+
+def _recorded(sequences: Sequence[Golden]) -> dict[str, bool]:
+    weighed = any(sequence.weights is not None for sequence in sequences)
+    ranked = any(sequence.ranked for sequence in sequences)
+    return dict.fromkeys(KINDS, True) | {"order": ranked, "score_sum": weighed, "weights": weighed}
+
+
+def uncompared(result: CheckResult, kind: str) -> str:
+    """Why nothing was compared in this respect; "" where something was."""
+    if result.compared[kind]:
+        return ""
+    return "no row has the same experts" if result.recorded[kind] else "not recorded"
 
 
 def _router(rows: Rows, at: int, router: RouterInfo, tolerance: Tolerance) -> RouterCheck:

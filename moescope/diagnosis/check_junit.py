@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from moescope.diagnosis.check import CheckResult, Finding, RouterCheck
+from moescope.diagnosis.check import CheckResult, Finding, RouterCheck, uncompared
 from moescope.diagnosis.check_rows import KINDS
 from moescope.safety import printable, single_line
 
@@ -37,7 +37,8 @@ def junit(result: CheckResult, model: str, golden: str, seconds: float) -> bytes
 
 
 def _properties(result: CheckResult) -> dict[str, str]:
-    same = {f"same {name}": str(value) for name, value in result.same.items()}
+    names = {"weights": "weights (by samples)"}
+    same = {f"same {names.get(name, name)}": str(v) for name, v in result.same.items()}
     return {
         "tokens": str(result.tokens),
         "dtype": result.dtype,
@@ -55,7 +56,7 @@ def _case(
         suite, "testcase", {"classname": f"moescope.{place}", "name": TITLES[kind]}
     )
     if not result.compared[kind]:
-        ElementTree.SubElement(case, "skipped", {"message": "not recorded in the golden"})
+        ElementTree.SubElement(case, "skipped", {"message": uncompared(result, kind)})
     elif not router.passed[kind]:
         message = f"{router.failed[kind]} of {router.rows} rows differ"
         rows = [f for f in result.findings if f.router == index and f.kind == kind]
