@@ -61,6 +61,10 @@ class Flips:
         of this token."""
         return self._causes.get(((sequence, lane), position))
 
+    def tells(self, sequence: int, lane: int) -> bool:
+        """Whether anything was told of a lane."""
+        return (sequence, lane) in self._blamed
+
     def rows(self, sequence: int, lane: int) -> GateRows | None:
         """Rows of the gate of `lane` by the flips they turned; None: nothing was told."""
         blamed = self._blamed.get((sequence, lane))

@@ -275,6 +275,10 @@ async def test_two_models_say_why_and_which_rows_of_the_gate():
     async with replaying(of_two_models(), row=20) as (main, pilot):
         await pilot.press("c", "d")
         screen = main.app.screen
+        main.playing = True  # what the run told is there at once
+        main.look.seek(20)
+        screen._drawn = None
+        screen.draw()
         whys = [row.why for row in screen.query_one(LayersPanel).data.rows]
         assert whys == ["", "", "gate", "", "", ""]
         while screen.view != "gate":

@@ -230,7 +230,7 @@ class CompareScreen(CompareKeys):
 
     def _draw_pair(self, pair: Pair) -> None:
         row = max(0, min(self.look.at, pair.rows - 1))
-        settled = not self.subject.live and not self.main.playing
+        settled = self._tells_now(pair) or not (self.subject.live or self.main.playing)
         key = (id(pair), pair.rows, row, self.look.router, self.look.expert, self.view, settled)
         if key == self._drawn:
             return
@@ -255,6 +255,12 @@ class CompareScreen(CompareKeys):
         self.query_one(AgreementPanel).show(compare_view.agreement(pair, row, why, self.mode()))
         if self.query_one("#divergence").display:
             self.query_one(ScorePlot).show(compare_view.divergence(pair, row))
+
+    def _tells_now(self, pair: Pair) -> bool:
+        """Whether causes are in memory; else they are read once nothing moves."""
+        history = self.subject.history
+        told = history is not None and history.flips.tells(pair.b.sequence, pair.b.lane)
+        return told and not pair.a.lane
 
     def _gate(self, pair: Pair) -> compare_layers.GateData:
         history = self.subject.history
