@@ -36,9 +36,16 @@ from moescope.engine.operators import (
     rotary_embeddings,
 )
 from moescope.engine.steps import Policies, Shared
-from moescope.engine.torch_operators import DTYPES, Recurrent, TorchMLA, switches
+from moescope.engine.torch_operators import (
+    DTYPES,
+    Recurrent,
+    TorchMLA,
+    load_adds,
+    load_embedding,
+    switches,
+)
+from moescope.engine.torch_operators.attention import CachedAttention
 from moescope.engine.torch_operators.common import Call
-from moescope.engine.torch_operators.routed_attention import TorchRoutedAttention
 from moescope.kernels.triton_ops import (
     attention,
     gate_router,
@@ -50,6 +57,7 @@ from moescope.kernels.triton_ops import (
 
 LANES = min(gemv.LANES, gate_router.T_MAX)
 SHADOWS = gate_router.P_MAX - 1
+LOOKING = (TorchMLA, CachedAttention)  # operators in torch over a cache
 PROCESSORS = 4  # given work on a CPU, where kernels are interpreted
 
 
@@ -59,6 +67,7 @@ class Layers:
     def __init__(self, shared: Shared, *, pdl: bool = False) -> None:
         self.shared, self.pdl, weights = shared, pdl, shared.weights
         self.spec, self.dtype = shared.spec, DTYPES[shared.dtype]
+        self.start = load_embedding(self.spec, weights)
         self.embed, self.head_bias = weights["embed.weight"], weights.get("head.bias")
         assert shared.head is not None
         self.head = shared.head
@@ -131,7 +140,7 @@ class Layers:
 
     def reaches(self) -> bool:
         """Whether some operator looks at a number of positions that the graph is made for."""
-        return any(isinstance(run, TorchMLA | TorchRoutedAttention) for run in self.in_torch)
+        return any(isinstance(run, LOOKING) for run in self.in_torch)
 
     def run(self, buffers: Buffers, slot: Mapping[str, Tensor], drawing: str, reach: int) -> None:
         """One token of each lane: from the inputs of `buffers` into `slot` and the inputs of the
@@ -143,7 +152,7 @@ class Layers:
         for layer, scale in zip(self.layers, self.scales, strict=False):
             taps = self._layer(layer, scale, taps, step)
         logits, drawn = slot["logits"], slot["drawn"]
-        self._logits(taps[RESIDUAL], logits)
+        self._logits(taps[RESIDUAL].to(self.dtype), logits)
         sampling.greedy(
             logits,
             step.scratch.sampling,
@@ -158,7 +167,7 @@ class Layers:
         x = F.embedding(ids, self.embed)
         if self.spec.embedding_scale != 1.0:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype).item()
-        return x
+        return self.start(x)
 
     def _layer(
         self,
@@ -168,10 +177,11 @@ class Layers:
         step: Running,
     ) -> dict[str, Tensor]:
         """The taps after a layer: the residual, and those that live on."""
+        step.static.call.taps = taps
         for before, run, after, branch in layer:
             held = taps.get(branch.adds_to)
-            read = taps[branch.reads]
-            if held is not None and branch.keeps != 1.0:
+            read = taps[branch.reads].to(self.dtype)
+            if held is not None and branch.keeps != 1.0 and after.adds is None:
                 held = held * branch.keeps
             taps[branch.adds_to] = run(read, held, before, after, step)
         if scale is not None:
@@ -230,7 +240,9 @@ def _built(shared: Shared, dtype: torch.dtype) -> list[list[Branching]]:
             run = _operator(branch, weights, path, dtype, next(running), routers)
             before = Before.load(branch.pre_norm, weights, f"{path}.pre_norm", dtype)
             post = Before.load(branch.post_norm, weights, f"{path}.post_norm", dtype)
-            made.append((before, run, After(post, branch.multiplier), branch))
+            wide = branch.learned_sum or shared.spec.residual_dtype == "float32"
+            adds = load_adds(branch, weights, path) if wide else None
+            made.append((before, run, After(post, branch.multiplier, adds), branch))
         layers.append(made)
     return layers
 
@@ -252,7 +264,7 @@ def _operator(
             return InTorch(running, lambda run, h, static: run(h))
         case MoE() as spec:
             number, router = next(routers)
-            return FusedMoE(spec, weights, path, router, number)
+            return FusedMoE(spec, weights, path, running, router, number)
         case RoutedAttention() as spec:
             number, router = next(routers)
             return RoutedInTorch(spec, weights, path, running, router, number)

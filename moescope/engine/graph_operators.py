@@ -14,7 +14,8 @@ from moescope.engine.graph_parts import After, Before, Running, Weights
 from moescope.engine.graph_static import Static, routed_attention
 from moescope.engine.interpreter import Router
 from moescope.engine.operators import MLP, Experts, MoE, RoutedAttention
-from moescope.engine.torch_operators import DTYPES, rounded_gate
+from moescope.engine.torch_operators import DTYPES, TorchMoE, rounded_gate
+from moescope.engine.torch_operators.gate_network import TorchGateNetwork
 from moescope.engine.torch_operators.routed_attention import TorchRoutedAttention
 from moescope.kernels.spec import Routing
 from moescope.kernels.triton_ops import experts, gate_router, gemv
@@ -52,10 +53,12 @@ def gating(spec: MLP | Experts) -> Gating:
 class FusedMoE:
     """Gate and router, gate-up, down with the sum of the experts; and a shared expert."""
 
-    def __init__(self, spec: MoE, weights: Weights, path: str, router: Router, number: int) -> None:
+    def __init__(
+        self, spec: MoE, weights: Weights, path: str, run: TorchMoE, router: Router, number: int
+    ) -> None:
         self.number, self.wiring = number, router.spec.wiring
         wiring = self.wiring
-        self.gate = FusedGate(spec, weights, path, router)
+        self.gate = FusedGate(spec, weights, path, router, run.router.network)
         self.gate_up = weights[f"{path}.experts.gate_up"]
         self.down = weights[f"{path}.experts.down"]
         self.latent = tuple(weights.get(f"{path}.latent_{way}.weight") for way in ("down", "up"))
@@ -77,7 +80,8 @@ class FusedMoE:
         self, read: Tensor, held: Tensor | None, before: Before, after: After, step: Running
     ) -> Tensor:
         routing = step.buffers.routing(step.slot, self.number)
-        if self.wiring.null_expert_kind == "identity":  # reads the normed state once more
+        again = self.wiring.null_expert_kind == "identity" or self.gate.network is not None
+        if again:  # what reads the normed state beside a product
             before = Before(whole=before.whole)
         h, riding = before.opened(read)
         self.gate(read, h, riding, self.number, step, routing)
@@ -135,11 +139,18 @@ class FusedMoE:
 
 
 class FusedGate:
-    """A gate with its router, in one launch. `copies` [G, E, H]: as stored, and rounded."""
+    """A gate with its router, in one launch; a network before it is torch's. `copies` [G, E, H]:
+    as stored, and rounded."""
 
     def __init__(
-        self, spec: MoE | RoutedAttention, weights: Weights, path: str, router: Router
+        self,
+        spec: MoE | RoutedAttention,
+        weights: Weights,
+        path: str,
+        router: Router,
+        network: TorchGateNetwork | None = None,
     ) -> None:
+        self.network = network
         wiring = router.spec.wiring
         self.source, self.dtype = wiring.router_input, DTYPES[wiring.router_dtype]
         self.weight = weights[f"{path}.gate.weight"]
@@ -169,7 +180,9 @@ class FusedGate:
         into: Routing,
     ) -> None:
         """Route what this gate sees of a branch: what that read, or h with the norm that rides."""
-        x, norm = (h, riding) if self.source == "normed" else (read, self.own)
+        x, norm = (h, riding) if self.source in ("normed", "carried_mlp") else (read, self.own)
+        if self.network is not None:
+            x, norm = self.network(x, step.static.call), {}
         gate_router.gate_and_route(
             x,
             self.copies,

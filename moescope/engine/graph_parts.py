@@ -18,7 +18,7 @@ from moescope.engine.decoder import Branch
 from moescope.engine.graph_slots import Buffers
 from moescope.engine.graph_static import Static
 from moescope.engine.operators import Norm
-from moescope.engine.torch_operators import load_norm
+from moescope.engine.torch_operators import Adds, load_norm
 from moescope.kernels.triton_ops import attention, gate_router, norms, sampling
 
 Weights = Mapping[str, Tensor]
@@ -99,23 +99,31 @@ class Before:
 
 @dataclass(frozen=True, slots=True)
 class After:
-    """What happens to an operator's output: norm, multiplier, sum with what the tap holds."""
+    """What happens to an operator's output: norm, multiplier, sum with what the tap holds. `adds`
+    is that sum where no kernel does it: with learned vectors, or into a float32 residual."""
 
     norm: Before
     multiplier: float
+    adds: Adds | None = None
 
     def riding(self, held: Tensor | None) -> dict[str, Any]:
         """Arguments of a last product that does what it can of this."""
-        if self.norm.whole is not None:
+        if not self._rides:
             return {}
         return {"multiplier": self.multiplier, "residual": held, "out": held}
 
     def rest(self, y: Tensor, held: Tensor | None) -> Tensor:
         """What then remains."""
-        return y if self.norm.whole is None else self.every(y, held)
+        return y if self._rides else self.every(y, held)
+
+    @property
+    def _rides(self) -> bool:
+        return self.norm.whole is None and self.adds is None
 
     def every(self, y: Tensor, held: Tensor | None) -> Tensor:
         """All of it."""
+        if self.adds is not None:
+            return self.adds(self.norm.applied(y), held)
         if (rms := self.norm.rms) is not None:
             into = torch.empty_like(y) if held is None else held
             norms.rms_norm(

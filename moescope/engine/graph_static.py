@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moescope.engine.torch_operators.attention import CachedAttention
 from moescope.engine.torch_operators.common import Call, linear, split
+from moescope.engine.torch_operators.convolved_attention import TorchConvolvedAttention
 from moescope.engine.torch_operators.linear_attention import Delta
 from moescope.engine.torch_operators.mla import TorchIndexer, TorchMLA
 from moescope.engine.torch_operators.recurrent import Recurrent
@@ -92,6 +94,51 @@ def indexed(run: TorchIndexer, h: Tensor, latent: Tensor, static: Static) -> Ten
     return torch.zeros_like(seen).scatter_(1, best, True) & seen
 
 
+# --- attention over keys and values ---------------------------------------------------------------
+
+
+def attended(run: CachedAttention, qk: Tensor, v: Tensor, static: Static) -> Tensor:
+    """As `CachedAttention.attend`, without sinks and softcap: qk [N, heads + kv heads, D] and v
+    [N, kv heads, Dv], which are cached -> [N, heads × Dv]."""
+    s, N = run.spec, len(v)
+    heads = qk.shape[1] - s.kv_heads
+    at = static.lanes[:, None], torch.arange(s.kv_heads, device=v.device), static.positions[:, None]
+    run.keys.index_put_(at, qk[:, heads:])
+    run.values.index_put_(at, v)
+    seen = static.seen()
+    if s.window:
+        places = torch.arange(static.reach, device=v.device)
+        seen = seen & (places > static.positions[:, None] - s.window)
+    seen = seen[:, None]
+    keys, values = (
+        cache[:, :, : static.reach].index_select(0, static.lanes).masked_fill_(~seen[..., None], 0)
+        for cache in (run.keys, run.values)
+    )
+    q = qk[:, :heads].reshape(N, s.kv_heads, -1, s.head_dim)
+    mixed = F.scaled_dot_product_attention(q, keys, values, seen[:, None], scale=s.scale)
+    return mixed.reshape(N, -1)
+
+
+def convolved_attention(run: TorchConvolvedAttention, h: Tensor, static: Static) -> Tensor:
+    """Attention whose queries and keys pass two convolutions over the last tokens."""
+    s, N = run.spec, len(h)
+    qkv = linear(h, run.qkv, run.qkv_bias)
+    qk, now, after = split(qkv, run.wide, run.half, run.half)
+    window = run.window.index_select(0, static.lanes)
+    window = torch.cat((window, torch.cat((qk, after), -1)[..., None]), -1)
+    run.window.index_copy_(0, static.lanes, window[..., 1:])
+    before = window[:, run.wide :, -2]
+    if run.qkv_bias is not None:  # before the first token there is a bias
+        first = static.positions[:, None] == 0
+        before = torch.where(first, run.qkv_bias[-run.half :], before)
+    (channels, shift), (heads, other) = run.convolutions
+    x = F.conv1d(window[:, : run.wide, -1 - run.taps :], channels[:, None], shift, groups=run.wide)
+    x = F.conv1d(x, heads, other, groups=run.wide // s.head_dim)[..., 0]
+    qk = run.placed(x, qk, static.call)
+    v = torch.cat((now, before), -1).view(N, s.kv_heads, s.head_dim)
+    return linear(attended(run, qk, v, static), *run.out)
+
+
 # --- attention whose queries are experts ----------------------------------------------------------
 
 
@@ -115,19 +162,8 @@ def routed_attention(
     qk = torch.cat((q.flatten(1), keys), -1).view(N, -1, s.head_dim)
     if s.rope is not None:
         qk = rotate(qk, s.rope, static.call.rotations[id(s.rope)])
-    q, keys = qk[:, : s.kv_heads * K], qk[:, s.kv_heads * K :]
-    head = torch.arange(s.kv_heads, device=h.device)
-    at = static.lanes[:, None], head, static.positions[:, None]
-    run.keys.index_put_(at, keys)
-    run.values.index_put_(at, values.view(N, s.kv_heads, s.head_dim))
-    seen = static.seen()[:, None]
-    keys, values = (
-        cache[:, :, : static.reach].index_select(0, static.lanes).masked_fill_(~seen[..., None], 0)
-        for cache in (run.keys, run.values)
-    )
-    q = q.reshape(N, s.kv_heads, K, s.head_dim)
-    mixed = F.scaled_dot_product_attention(q, keys, values, seen[:, None], scale=s.scale)
-    mixed = mixed.transpose(1, 2).reshape(N, K, -1, 1)
+    mixed = attended(run, qk, values.view(N, s.kv_heads, s.head_dim), static)
+    mixed = mixed.view(N, s.kv_heads, K, s.head_dim).transpose(1, 2).reshape(N, K, -1, 1)
     parts = (out.index_select(0, places).view(N, K, h.shape[1], -1) @ mixed)[..., 0]
     y = (parts * weights[..., None]).to(h.dtype).sum(1)
     return y if run.output_bias is None else y + run.output_bias
@@ -205,5 +241,6 @@ FORMS: tuple[tuple[type, Callable[[Any, Tensor, Static], Tensor]], ...] = (
     (Delta, linear_attention),
     (Mamba2, state_space_2),
     (Mamba1, state_space_1),
+    (TorchConvolvedAttention, convolved_attention),
     (TorchShortConv, short_convolution),
 )

@@ -1,7 +1,7 @@
 """Which fields of a `DecoderSpec` a program honours, as tables, and the first that it does not.
 
-A field that is not in a table is honoured. Imports no torch: the tables say what the torch
-interpreter runs, and what the CUDA graph covers of that; `native_limits` says what the C step does.
+A field that is not in a table is honoured. Imports no torch: the table here says what the torch
+interpreter runs; `native_limits` says what the C step does. The CUDA graph holds all of it.
 """
 
 from __future__ import annotations
@@ -79,16 +79,6 @@ TORCH = Limits(
         },
     },
 )
-# One token in one CUDA graph: kernels, and torch operators for what they do not cover.
-GRAPH = Limits(
-    tuple(kind for kind in TORCH.operators if kind is not ConvolvedAttention),
-    {
-        **TORCH.only,
-        DecoderSpec: {"learned_embedding": (), "residual_dtype": ()},
-        Branch: {"learned_sum": ()},
-        MoE: {"gate_network": ()},
-    },
-)
 
 
 def refuse_unsupported(spec: DecoderSpec) -> None:
@@ -99,11 +89,3 @@ def refuse_unsupported(spec: DecoderSpec) -> None:
             f"{name} {value}: not implemented by the torch interpreter of this version",
             code=ExitCode.CHECKPOINT,
         )
-
-
-def why_not_fused(spec: DecoderSpec, program: Limits) -> str:
-    """Why a fused step (`GRAPH`) does not cover a decoder; "" where it does."""
-    if (found := program.first(spec)) is not None:
-        name, value = found
-        return f"{name} {value}: no fused form"
-    return ""

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from moescope.engine.decoder import DecoderSpec
 from moescope.engine.interpreter import Draw, Router, StepOutput
-from moescope.engine.limits import GRAPH, why_not_fused
 from moescope.kernels.policy_rows import WIDTH, pack
 from moescope.kernels.spec import RouterSpec
 from moescope.trace.frames import RecordLevel
@@ -126,10 +125,7 @@ class Step(Protocol):
 
 def fused_step(shared: Shared) -> tuple[Step | None, str]:
     """The fused step for a decoder, or None and why there is none."""
-    on = "cpu" if shared.device.startswith("cpu") else "cuda"
-    if on == "cuda" and (why := why_not_fused(shared.spec, GRAPH)):
-        return None, why
-    place, name = STEPS[on]
+    place, name = STEPS["cpu" if shared.device.startswith("cpu") else "cuda"]
     try:
         kind = getattr(import_module(place), name)
     except ModuleNotFoundError as error:

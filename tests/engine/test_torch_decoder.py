@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moescope.engine.interpreter import StepOutput
-from moescope.engine.limits import GRAPH, refuse_unsupported, why_not_fused
+from moescope.engine.limits import refuse_unsupported
 from moescope.engine.load import load_model
 from moescope.engine.operators import Attention
 from moescope.engine.protocol import LoadRequest
@@ -326,13 +326,6 @@ def test_cache_bytes_are_what_open_allocates(folder: Path) -> None:
     model = fresh(folder, lanes=3)
     held = sum(cache.nbytes for cache in model.shared.caches)
     assert model.cache_bytes(3, model.shared.capacity) == held
-
-
-def test_what_no_graph_holds_is_named(folder: Path) -> None:
-    wide = replace(fresh(folder).spec, residual_dtype="float32")
-    found = why_not_fused(wide, GRAPH)
-    assert found == "DecoderSpec.residual_dtype float32: no fused form"
-    refuse_unsupported(wide)
 
 
 def test_what_the_interpreter_does_not_do_is_refused_by_field(folder: Path) -> None:

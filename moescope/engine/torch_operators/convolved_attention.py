@@ -58,12 +58,16 @@ class TorchConvolvedAttention(Recurrent, CachedAttention):
         fed = torch.cat((qk, qkv[:, self.wide + self.half :]), -1)
         parts = [self._with_past(lane, start, fed[rows]) for lane, start, rows in call.spans()]
         mixed, before = (torch.cat(part) for part in zip(*parts, strict=True))
-        qk = mixed.view(R, -1, s.head_dim) + self._means(qk)
-        qk = self._scaled(qk)
-        if s.rope is not None:
-            qk = rotate(qk, s.rope, call.rotations[id(s.rope)])
+        qk = self.placed(mixed, qk, call)
         v = torch.cat((now, before), -1).view(R, s.kv_heads, s.head_dim)
         return linear(self.attend(qk, v, call), *self.out)
+
+    def placed(self, mixed: Tensor, qk: Tensor, call: Call) -> Tensor:
+        """Queries and keys [R, heads + kv heads, D], of what was convolved and what it was made of,
+        both [R, wide]."""
+        s = self.spec
+        placed = self._scaled(mixed.view(len(qk), -1, s.head_dim) + self._means(qk))
+        return placed if s.rope is None else rotate(placed, s.rope, call.rotations[id(s.rope)])
 
     def _with_past(self, lane: int, start: int, fed: Tensor) -> tuple[Tensor, Tensor]:
         """fed [T, channels] after what the lane saw before it -> queries and keys convolved [T,

@@ -197,7 +197,8 @@ class TorchIndexer:
 
     def head_weights(self, h: Tensor) -> Tensor:
         """[R, heads] float32; transformers keeps this one matrix in float32."""
-        return linear(h.to(self.weights.dtype), self.weights).float() * self.spec.heads**-0.5
+        wide = linear(h.to(self.weights.dtype), self.weights).float()
+        return wide * float(self.spec.heads**-0.5)
 
     def scores(self, q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
         """q [R, heads, D] and weights [R, heads] over keys [S, D] or [R, S, D] -> [R, S]."""
