@@ -108,7 +108,8 @@ def difference_map(
     else:
         one = a if mode == "left" else b
         counts, marks = one.sum(axis=0), one[-1].astype(int) * (1 if mode == "left" else 2)
-    differ = (now_a & ~now_b).sum(axis=1)
+    differ = np.maximum((now_a & ~now_b).sum(axis=1), (now_b & ~now_a).sum(axis=1))
+    alone = {"left": f"{pair.letters[0]} alone", "right": f"{pair.letters[1]} alone"}
     shown, its = (pair.b, pair.tables[1]) if mode == "right" else (pair.a, table)
     return MapData(
         levels=view.load_levels(counts, row + 1 - start, table),
@@ -119,6 +120,7 @@ def difference_map(
         sum_wrong=sums_wrong(its, as_generated(its, shown, row)),
         cursor=(cursor.router, cursor.expert),
         right=tuple(f"{n}/{k}" for n, k in zip(differ, now_a.sum(axis=1), strict=True)),
+        heading=alone.get(mode, "differ"),
         title=TITLES[mode].format(*pair.letters),
     )
 

@@ -26,7 +26,8 @@ class MapData:
     score_sum: NDArray[np.float32]  # [L] of this token, NaN where unknown
     sum_wrong: NDArray[np.bool_]  # [L] the trained spec does not allow this sum
     cursor: tuple[int, int]  # (router index, expert)
-    right: tuple[str, ...] | None = None  # instead of the sum column, e.g. "2/4 differ"
+    right: tuple[str, ...] | None = None  # instead of the sum column, e.g. "2/4"
+    heading: str = "differ"  # of that column
     title: str = "experts · dots = this token · colour = recent load"
 
 

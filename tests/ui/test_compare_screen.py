@@ -67,6 +67,25 @@ def test_the_map_shows_what_only_one_lane_chose():
     assert (compare_view.difference_map(pair, 40, "right", Cursor()).marks == 2).sum() == 24
 
 
+def test_the_map_and_the_table_count_alike_where_one_lane_picks_more():
+    meta = meta_of()
+    trace = MemoryTrace(meta)
+    more = "num_experts_per_tok=5"
+    lanes = frames_of(meta, 8), frames_of(meta, 8, lane=1, variant=more)
+    for frames in zip(*lanes, strict=True):
+        for frame in frames:
+            trace.append(frame)
+    pair = pair_of(trace)
+    data = compare_view.difference_map(pair, 5, "right", Cursor())
+    table = compare_layers.layers_data(pair, 5, 0, {}).rows
+    assert data.right == tuple(f"{row.differ}/{row.of}" for row in table) == ("1/4",) * 6
+    headings = [
+        compare_view.difference_map(pair, 5, mode, Cursor()).heading
+        for mode in ("xor", "left", "right")
+    ]
+    assert headings == ["differ", "A alone", "B alone"]
+
+
 def test_the_numbers_keep_the_common_text_and_the_rest_apart():
     pair = pair_of(parting())
     data = compare_view.agreement(pair, 20)

@@ -255,7 +255,7 @@ def compares(data: MapData) -> bool:
 
 def _sum_title(data: MapData, layout: Layout) -> str:
     if data.right is not None:
-        return fit("differ", layout.sum_width, ">")
+        return fit(data.heading, layout.sum_width, ">")
     return "     Σ" if layout.per_row == 1 else "mean Σ"
 
 
