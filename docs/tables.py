@@ -182,69 +182,23 @@ def faults() -> str:
     )
 
 
-def _diagnosed() -> list[dict[str, Any]]:
-    """The committed results of `make diagnosis`."""
-    paths = sorted((ROOT / "tests/diagnosis/results").glob("*.json"))
-    return [row for path in paths for row in json.loads(path.read_text())["rows"]]
-
-
-def _outcomes(rows: list[dict[str, Any]], level: str) -> str:
-    held = [row[level]["outcome"] for row in rows]
-    named, silent = held.count("named"), held.count("no trace")
-    return f"{named}, {silent}, {len(held) - named - silent}"
-
-
 def diagnosis() -> str:
-    rows = _diagnosed()
-    lines = []
-    for family in sorted({row["family"] for row in rows}):
-        own = [row for row in rows if row["family"] == family]
-        patched = [row for row in own if row["fault"]]
-        sizes = [len(row["weights"]["class"]) for row in patched if row["weights"]["class"]]
-        clean = [row[level]["outcome"] for row in own if not row["fault"] for level in _LEVELS]
-        lines.append(
-            (
-                f"`{family}`",
-                str(len({row["fault"] for row in patched})),
-                *(
-                    _outcomes([row for row in patched if row["dtype"] == dtype], level)
-                    for level in _LEVELS
-                    for dtype in ("float32", "bfloat16")
-                ),
-                f"{max(sizes, default=0)} ({_median(sizes)})",
-                f"{clean.count('correct')} of {len(clean)}",
-            )
-        )
-    head = (
-        *("family", "faults", "weights, float32", "weights, bfloat16", "order, float32"),
-        *("order, bfloat16", "largest class (median)", "unpatched: routed correctly"),
-    )
-    return table(head, lines)
+    """The committed results of `make diagnosis`."""
+    from tests.diagnosis import report
 
-
-_LEVELS = ("weights", "order")
-
-
-def _median(sizes: list[int]) -> str:
-    from statistics import median
-
-    return f"{median(sizes):g}" if sizes else "-"
+    return table(*report.by_family(report.committed()))
 
 
 def diagnosis_faults() -> str:
-    rows = [row for row in _diagnosed() if row["fault"]]
-    order = {row["fault"]: None for row in rows}
-    return table(
-        ("fault", "families", "with weights", "in rank order"),
-        (
-            (
-                f"`{fault}`",
-                str(len({row["family"] for row in rows if row["fault"] == fault})),
-                *(_outcomes([r for r in rows if r["fault"] == fault], level) for level in _LEVELS),
-            )
-            for fault in order
-        ),
-    )
+    from tests.diagnosis import report
+
+    return table(*report.by_fault(report.committed()))
+
+
+def diagnosis_misses() -> str:
+    from tests.diagnosis import report
+
+    return table(*report.misses(report.committed()))
 
 
 FIRST_KEYS = (
@@ -377,6 +331,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "faults": faults,
     "diagnosis": diagnosis,
     "diagnosis_faults": diagnosis_faults,
+    "diagnosis_misses": diagnosis_misses,
     "keys": all_keys,
     "first_keys": first_keys,
 }

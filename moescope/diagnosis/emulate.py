@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.diagnosis.decisions import weights_at
+from moescope.diagnosis.weighed import weights_at
 from moescope.engine.decoder import Branch, DecoderSpec
 from moescope.engine.interpreter import Router
 from moescope.errors import ExitCode, MoescopeError

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.diagnosis.compare import plain
-from moescope.diagnosis.decisions import weights_at
 from moescope.diagnosis.forced import CHUNK, LOGITS_BYTES, able, put_under
 from moescope.diagnosis.two_models import Side, check_pair
+from moescope.diagnosis.weighed import weights_at
 from moescope.engine.prompts import check_ids
 from moescope.engine.sampling import Expectation, divergence, expectations
 from moescope.errors import ExitCode, MoescopeError

@@ -2,35 +2,40 @@
 
 An engine rounds; its logits differ from ours by an error whose scale s is not known. Given s, a
 comparison of two experts that stand d logits apart comes out as it should with probability
-logistic(LOGISTIC * d / s), and a recorded weight is off by a Student t of scale s. Where dtypes are
-coarse, a weight is either the very same step or, the more likely the larger s, another one. Each
-router's s is fitted, at least `floor`, so that a near tie costs little where the trace is noisy and
-much where it is exact. Rows that nothing explains cost a bounded amount.
+logistic(LOGISTIC * d / s), and a recorded weight is off by a Student t of scale s. Where weights
+are cast to a coarse dtype, it is the chance of the recorded number's whole cell; where what they
+are made of is rounded, that is either as predicted or, the more likely the larger s, a step away.
+Each router's s is fitted, at least `floor`, so that a near tie costs little where the trace is
+noisy and much where it is exact. Rows that nothing explains cost a bounded amount.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.diagnosis.decisions import Differences, Steps
+from moescope.diagnosis.decisions import ROUNDING, Differences
+from moescope.diagnosis.weighed import Steps
 from moescope.kernels.reference import F64
 
 SMALLEST = 3e-6  # logits: float32 arithmetic in another order
 SCALES = np.logspace(-6, 1, 22)
 LOGISTIC = 1.2  # a normal error of scale s on both sides
+LEVEL = 1.0  # nats that say nothing
 OUTLIERS = 1e-5  # of comparisons: what cannot be explained costs log of half of it
-ROUNDING = 1e-5  # relative: recorded weights are taken for no better than this
-FREEDOM = 2.0  # of the Student t
+PEAK = 2.0**1.5  # a Student t of two degrees of freedom is 1 / PEAK high, for a width of 1
+FINER = 10.0 ** (np.array([-2, -1, 1, 2]) / 9)  # around the best of SCALES
 COUNTED = 2.0  # weights of a row that count as independent, at most
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fit:
-    """`nats` [T, L] of every row at its router's best `scale` [L]; 0 where nothing was recorded."""
+    """`nats` [T, L] of every row at its router's best scale, 0 where nothing was recorded; `scale`
+    [L], the smallest that does as well, within `LEVEL`."""
 
     nats: F64
     scale: F64
@@ -49,10 +54,13 @@ def fit(routers: Sequence[Differences], floor: NDArray[np.float64] | float = SMA
     columns, scales = [], []
     for found, least in zip(routers, floors, strict=True):
         tried = np.unique(np.maximum(SCALES, least))
-        nats = [rows(found, scale) for scale in tried]
-        best = int(np.argmax([column.sum() for column in nats]))
+        nats = {scale: rows(found, scale) for scale in tried}
+        best = max(nats, key=lambda scale: float(nats[scale].sum()))
+        nats |= {scale: rows(found, scale) for scale in np.maximum(best * FINER, least)}
+        totals = {scale: float(column.sum()) for scale, column in nats.items()}
+        best = max(totals, key=lambda scale: totals[scale])
         columns.append(nats[best])
-        scales.append(tried[best])
+        scales.append(min(s for s, total in totals.items() if total >= totals[best] - LEVEL))
     return Fit(np.stack(columns, 1), np.array(scales))
 
 
@@ -75,11 +83,11 @@ def _weights(found: Differences, scale: float) -> F64:
         return np.zeros(len(found.relative))
     off = np.minimum(np.where(recorded, found.relative, 0.0), 1e6)
     noise, steps = scale * found.slopes, found.steps
-    through = steps.weight**2 + steps.score**2 + (steps.logit * found.slopes) ** 2
-    nats = _student(off, np.sqrt(noise**2 + through / 6.0 + ROUNDING**2))  # each to its own step
-    if steps.largest:
-        same = _same(scale, noise, steps)
-        exact = _student(off, np.full(off.shape, ROUNDING)) + np.log(same)
+    through = steps.score**2 + (steps.logit * found.slopes) ** 2
+    nats = _at(found, off, np.sqrt(noise**2 + through / 6.0 + ROUNDING**2))  # each to its own step
+    if steps.score or steps.logit:
+        same = _unmoved(scale, noise, steps)
+        exact = _at(found, off, np.full(off.shape, ROUNDING)) + np.log(same)
         nats = np.logaddexp(exact, nats + np.log1p(-same))
     count = recorded.sum(1)
     share = np.minimum(count, COUNTED) / np.maximum(count, 1)
@@ -87,20 +95,49 @@ def _weights(found: Differences, scale: float) -> F64:
     return total
 
 
-def _same(scale: float, noise: F64, steps: Steps) -> F64:
-    """The chance that a weight is on the very same step: what it is made of did not move, or not by
-    as much as its own last step."""
-    unmoved = np.zeros(noise.shape)
-    if steps.score or steps.logit:
-        of_logit = steps.logit / (scale + steps.logit) if steps.logit else 1.0
-        of_score = steps.score / (noise + steps.score) if steps.score else 1.0
-        unmoved = np.broadcast_to((of_logit * of_score) ** steps.count, noise.shape)
-    held = steps.weight / (noise + steps.score + steps.logit + steps.weight)
-    chance: F64 = unmoved + (1.0 - unmoved) * held
-    return chance
+def _unmoved(scale: float, noise: F64, steps: Steps) -> F64:
+    """The chance that all that a weight is made of was rounded to the very same steps."""
+    chance = np.ones(noise.shape)
+    if steps.logit:
+        chance *= _stays(steps.logit / scale)
+    if steps.score:
+        chance *= _stays(steps.score / np.maximum(noise, ROUNDING / 10))
+    return np.clip(chance**steps.count, 1e-12, 1.0 - 1e-12)
+
+
+def _stays(steps: Any) -> Any:
+    """The chance that an error leaves a number on its step of `steps` times its scale: the mean of
+    1 - |error| / step where that is positive, within 0.03."""
+    return steps / (steps + 0.8 + 1.7 / (1.0 + steps))
+
+
+def _at(found: Differences, off: F64, width: F64) -> F64:
+    """Log density of each recorded weight, relative; where it is cast, of its cell, as if that were
+    so narrow that what is predicted exactly is as likely as without a cast."""
+    if found.cells is None:
+        return _student(off, width)
+    apart = _student(off, np.sqrt(width**2 + found.steps.weight**2 / 6.0))
+    mass = _mass(found.cells.low / width, found.cells.high / width)
+    return np.where(np.isnan(mass), apart, np.log(np.maximum(mass, 1e-300) / (PEAK * ROUNDING)))
+
+
+def _mass(low: F64, high: F64) -> F64:
+    """Of a Student t with two degrees of freedom between two points."""
+    above, below = _tail(low) - _tail(high), _tail(-high) - _tail(-low)
+    inside = 1.0 - _tail(high) - _tail(-low)
+    mass: F64 = np.where(low > 0, above, np.where(high < 0, below, inside))
+    return mass
+
+
+def _tail(x: F64) -> F64:
+    """The chance to be above x, exact for large x too; of negative ones that of 0."""
+    x = np.maximum(x, 0.0)
+    root = np.sqrt(2.0 + x**2)
+    tail: F64 = 1.0 / (root * (root + x))
+    return tail
 
 
 def _student(off: F64, width: F64) -> F64:
-    """Log density, but for a constant."""
-    nats: F64 = -np.log(width) - (FREEDOM + 1.0) / 2.0 * np.log1p((off / width) ** 2 / FREEDOM)
+    """Log density, with two degrees of freedom."""
+    nats: F64 = -np.log(width * PEAK) - 1.5 * np.log1p((off / width) ** 2 / 2.0)
     return nats

@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.diagnosis import counts, hypotheses
-from moescope.diagnosis.decisions import Differences, differences, weights_at
+from moescope.diagnosis.decisions import Differences, differences
 from moescope.diagnosis.emulate import OURS, Emulation, Engine, Forced, emulate_all, spec_in
 from moescope.diagnosis.evidence import Evidence
 from moescope.diagnosis.hypotheses import TRAINED, Hypothesis
-from moescope.diagnosis.likelihood import SMALLEST, Fit, fit
+from moescope.diagnosis.likelihood import LEVEL, SMALLEST, Fit, fit
+from moescope.diagnosis.weighed import weights_at
 from moescope.engine.interpreter import Router
 from moescope.kernels.reference import F64
 from moescope.kernels.spec import RouterSpec
@@ -32,7 +33,6 @@ FEW = 64  # tokens of the first look, and of pairs
 BEST = 10  # singles that pairs are made of
 HELD_BYTES = 256 << 20  # of emulated logits
 NEAR = 1000.0  # nats behind the best that another dtype of the engine might make up for
-LEVEL = 1.0  # nats that say nothing
 KEPT = 30.0  # nats behind the best after which nobody comes back
 # the least and the most noise, in logits, for which a dtype of the engine is considered
 NOISE_OF = {"float32": (0.0, 10.0), "float16": (1e-4, 5e-3), "bfloat16": (3e-4, 10.0)}
@@ -56,6 +56,10 @@ class Predicted:
     score_sum: NDArray[np.float32]  # [N, L]
 
 
+# By hypothesis, engine, whether it stops after the first router, and number of tokens.
+Held = dict[tuple[str, Engine, bool, int], Predicted]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
     """A hypothesis and how it fits: the first router only, or all of them."""
@@ -76,7 +80,7 @@ class Case:
     evidence: Evidence
     ordered: bool = True
     engine: Engine = OURS
-    held: dict[tuple[str, Engine, bool, int], Predicted] = field(default_factory=dict)
+    held: Held = field(default_factory=dict)
 
     @cached_property
     def data(self) -> Data:
@@ -237,21 +241,21 @@ def _first(predicted: Predicted) -> Predicted:
 
 
 def settle(
-    model: Any, evidence: Evidence, tried: Sequence[Hypothesis]
+    model: Any, evidence: Evidence, tried: Sequence[Hypothesis], held: Held
 ) -> tuple[Case, list[Candidate]]:
     """The case, with what no field tells: whether ids are in rank order, and what the engine
     computed in. Of what leaves no more noise than an engine makes, it is what lets the trained
     router fit as well as anything fits; else what the best hypothesis fits best with."""
     orders = (True, False) if evidence.ordered is None else (evidence.ordered,)
     settings: list[Setting] = []
-    ours = Case(model, evidence)
+    ours = Case(model, evidence, held=held)
     logits = ours.predicted(TRAINED, first_router=True).logits[:, :1]
-    for engine in engines(model.interpreter.dtype, evidence.dtype):
+    for engine in engines(model, evidence.dtype):
         noise = max(settings, key=lambda s: s.best).noise if settings else 1.0
         if settings and not _may_be(engine, noise):
             continue
         if len(settings) == len(orders):  # another dtype changes much less than another router
-            near = {h for setting in settings for h in survivors(setting.found, NEAR)}
+            near = {h for setting in settings for h in _near(setting)}
             tried = [h for h in tried if h in near]
         for ordered in orders:
             case = replace(ours, ordered=ordered, engine=engine)
@@ -261,6 +265,17 @@ def settle(
     fair = [s for s in likely if s.trained >= top - FAIR]
     chosen = max(fair, key=lambda s: s.trained) if fair else max(likely, key=lambda s: s.best)
     return chosen.case, chosen.found
+
+
+def _near(setting: Setting) -> list[Hypothesis]:
+    """What another dtype might make up for. That weights are cast tells much of any that are, right
+    or wrong, so those that cast are compared among themselves."""
+    layer, _, spec = setting.case.model.interpreter.spec.routers()[0]
+    casting: dict[str, list[Candidate]] = {}
+    for candidate in setting.found:
+        edited = apply(candidate.hypothesis.edits, spec, layer)
+        casting.setdefault(edited.wiring.combine_dtype, []).append(candidate)
+    return [h for found in casting.values() for h in survivors(found, NEAR)]
 
 
 def spread(logits: NDArray[Any]) -> F64:
@@ -277,7 +292,7 @@ def fairer(case: Case, best: Candidate) -> Case | None:
     well as `best` does in this one; None where there is none."""
     noise = float(best.fit.scale[0])
     found = []
-    for engine in engines(case.model.interpreter.dtype, case.evidence.dtype):
+    for engine in engines(case.model, case.evidence.dtype):
         if engine != case.engine and _may_be(engine, noise):
             other = replace(case, engine=engine)
             found.append((other.fitted(other.predicted(TRAINED)).total, other))
@@ -291,12 +306,18 @@ def _may_be(engine: Engine, noise: float) -> bool:
     return least <= noise <= most
 
 
-def engines(ours: str, told: str | None) -> list[Engine]:
-    """What an engine may have computed in; ours first."""
+def engines(model: Any, told: str | None) -> list[Engine]:
+    """What an engine may have computed in, ours first; of those that mean the same for this model,
+    one."""
+    ours = model.interpreter.dtype
     named = [told] if told else ["bfloat16", "float16"]
     others = [dtype for dtype in named if dtype != ours]
-    both = [Engine(dtype, only) for dtype in others for only in (True, False)]
-    return both if told and others else [OURS, *both]
+    made = [Engine(dtype, only) for dtype in others for only in (True, False)]
+    found: dict[Any, Engine] = {}
+    for engine in made if told and others else [OURS, *made]:
+        spec = spec_in(model, engine) or model.interpreter.spec
+        found.setdefault((tuple(router for _, _, router in spec.routers()), engine.dtype), engine)
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

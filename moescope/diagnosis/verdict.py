@@ -20,7 +20,7 @@ from moescope.diagnosis.emulate import OURS
 from moescope.diagnosis.evidence import Evidence, Level
 from moescope.diagnosis.hypotheses import TRAINED, Hypothesis
 from moescope.diagnosis.likelihood import SMALLEST
-from moescope.diagnosis.search import Candidate, Case, Predicted, Watch
+from moescope.diagnosis.search import Candidate, Case, Held, Predicted, Watch
 
 MARGIN = 8.0  # nats: e^8 to 1, of some sixty hypotheses
 ALIKE = 3 * MARGIN  # nats between two predictions that a trace may fail to tell apart
@@ -79,12 +79,17 @@ class Diagnosis:
 
 
 def diagnose(
-    model: Any, evidence: Evidence, *, watch: Watch = lambda what, at, of: None
+    model: Any,
+    evidence: Evidence,
+    *,
+    watch: Watch = lambda what, at, of: None,
+    held: Held | None = None,
 ) -> Diagnosis:
     """Name the router that made `evidence`. `model` is a `LoadedModel`; `watch` is told which
-    hypothesis is tried. Cost: hypotheses × tokens, most of them on the first router only."""
+    hypothesis is tried. Cost: hypotheses × tokens, most of them on the first router only. `held`
+    keeps emulations from one call to the next, of the same experts at another level of evidence."""
     tried = [TRAINED, *hypotheses.singles(model.interpreter.spec)]
-    case, firsts = search.settle(model, evidence, tried)
+    case, firsts = search.settle(model, evidence, tried, {} if held is None else held)
     ranked = search.through_the_model(case, search.survivors(firsts), watch)
     if ranked[0].hypothesis is not TRAINED and (fairer := search.fairer(case, ranked[0])):
         case = fairer
@@ -165,6 +170,8 @@ class _Judge:
 
     def decided(self) -> Diagnosis:
         best, trained = self.best, self.as_trained
+        if self._to_the_last_digit():
+            return self._made("trained", trained)
         ahead = best.nats - trained.nats
         if self.holds(trained) and ahead <= MARGIN:
             return self._made("trained", trained)
@@ -173,6 +180,15 @@ class _Judge:
         if self.holds(trained):
             return self._made("trained", trained)
         return self._made("none", best)
+
+    def _to_the_last_digit(self) -> bool:
+        """Whether the trained router, in float32, leaves nothing to explain: what speaks for
+        another one then is below all that was recorded."""
+        if self.case.engine.dtype is not None or self.case.evidence.counts is not None:
+            return False
+        compared = self.case.compared(self.trained)
+        held = not any((one.gaps < 0).any() for one in compared)
+        return held and all((one.error() <= LEAST).all() for one in compared)
 
     def _made(self, verdict: Kind, chosen: Candidate) -> Diagnosis:
         alike = [] if verdict == "none" else self._alike(chosen)
@@ -205,13 +221,14 @@ class _Judge:
     def _alike(self, chosen: Candidate) -> list[Candidate]:
         """Those that this trace cannot tell from `chosen`, checked by emulating both."""
         mine = self.predicted(chosen)
+        behind = search.KEPT if chosen is self.as_trained else MARGIN  # of a fault: told apart
         close = [
             c
             for c in self.ranked
             if c is not chosen
             and (c.hypothesis is not TRAINED)
             and len(c.hypothesis.names) <= max(1, len(chosen.hypothesis.names))
-            and chosen.nats - c.nats <= MARGIN
+            and chosen.nats - c.nats <= behind
         ]
         floor = chosen.fit.scale
         found = [c for c in close if self.case.apart(mine, self.predicted(c), floor) <= ALIKE]

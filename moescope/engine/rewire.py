@@ -288,6 +288,8 @@ def _weight_on_output_too(run: Run, place: Place) -> Run:
 
 
 def _swap_gate_and_up(place: Place) -> None:
+    if not isinstance(place.run, TorchMoE):  # routed attention has no gate projection
+        return
     experts = place.run.experts
     inner = experts.activation
     experts.grouped = None

@@ -18,29 +18,56 @@ SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 
 
 def routers_of(model: Any, family: str) -> list[Any]:
+    """In the order in which they are asked: of a layer, those in its attention first."""
     pattern = READ.get(family, TOP_K).modules
-    return [m for m in model.modules() if re.search(pattern, type(m).__name__)]
+    named = [(n, m) for n, m in model.named_modules() if re.search(pattern, type(m).__name__)]
+    places = {n: n.split("attention")[0].split("mlp")[0] for n, _ in named}
+    order = {place: number for number, place in enumerate(dict.fromkeys(places.values()))}
+    named.sort(key=lambda pair: (order[places[pair[0]]], "attention" not in pair[0]))
+    return [module for _, module in named]
 
 
 def blocks_of(model: Any, family: str) -> list[Any]:
     """The modules that hold a router and experts, in the order of `routers_of`."""
-    routers = {id(router) for router in routers_of(model, family)}
-    return [m for m in model.modules() if any(id(child) in routers for child in m.children())]
+    routers = routers_of(model, family)
+    if all(hasattr(router, "experts") for router in routers):
+        return routers  # the block decides by itself
+    return [parent_of(model, router) for router in routers]
+
+
+def parent_of(model: Any, module: Any) -> Any:
+    return next(m for m in model.modules() if any(child is module for child in m.children()))
+
+
+def experts_of(block: Any) -> list[Any]:
+    """The tensors of a block's experts, [E, ...] each; of routed attention none."""
+    if hasattr(block, "input_linear"):  # JetMoE
+        linears = (block.input_linear, block.output_linear) if hasattr(block, "activation") else ()
+        return [linear.weight.data for linear in linears]
+    experts = block.experts
+    if hasattr(experts, "mlp"):  # DBRX: all experts' rows one after the other
+        return [t.data.view(experts.num_experts, -1, t.shape[1]) for t in experts.parameters()]
+    return [tensor.data for tensor in experts.parameters()]
 
 
 def _pairs(model: Any, family: str) -> Iterator[tuple[Any, Any]]:
     yield from zip(routers_of(model, family), blocks_of(model, family), strict=True)
 
 
+def _own(router: Any) -> dict[str, Any]:
+    held = dict([*router.named_parameters(), *router.named_buffers()])
+    return {name: tensor for name, tensor in held.items() if not name.startswith("experts.")}
+
+
 def _gate(router: Any) -> Any:
     """The gate's weight [E, H]."""
-    return max((p for p in router.parameters() if p.ndim == 2), key=lambda p: p.numel())
+    return max((t for t in _own(router).values() if t.ndim == 2), key=lambda t: t.numel())
 
 
 def _of_rows(router: Any, block: Any) -> dict[str, Any]:
     """Every tensor with a place for each row of the gate; the row's dimension comes first."""
     classes = len(_gate(router))
-    held = dict([*router.named_parameters(), *router.named_buffers()])
+    held = _own(router)
     held |= {n: t for n in BIASES if (t := getattr(block, n, None)) is not None}
     found = {}
     for name, tensor in held.items():
@@ -76,10 +103,10 @@ def _gate_of(offset: int) -> Around:
 def _move_experts(order: Callable[[Any], Any]) -> Around:
     def change(model: Any, family: str) -> None:
         for block in blocks_of(model, family):
-            tensors = list(block.experts.parameters())
-            count = min(len(tensor) for tensor in tensors)  # null experts have no output
+            tensors = experts_of(block)
+            count = min(map(len, tensors), default=0)  # null experts have no output
             for tensor in tensors:
-                tensor.data[:count] = order(tensor.data[:count].clone())
+                tensor[:count] = order(tensor[:count].clone())
 
     return change
 
@@ -90,8 +117,12 @@ def _halves(rows: Any) -> Any:
 
 def _swap_gate_up(model: Any, family: str) -> None:
     for block in blocks_of(model, family):
-        for name, tensor in block.experts.named_parameters():
-            if "gate_up" not in name:
+        if family == "dbrx":
+            mlp = block.experts.mlp
+            mlp.w1.data, mlp.v1.data = mlp.v1.data, mlp.w1.data
+            continue
+        for name, tensor in getattr(block, "experts", block).named_parameters():
+            if "gate_up" not in name and not (name == "input_linear.weight" and experts_of(block)):
                 continue
             if family == "gpt_oss":  # interleaved, in the last dimension
                 swapped = tensor.data.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -105,8 +136,8 @@ def _swap_gate_up(model: Any, family: str) -> None:
 
 
 def _shared_of(model: Any, block: Any) -> Any:
-    layer = next((m for m in model.modules() if any(c is block for c in m.children())), block)
-    held = (getattr(owner, name, None) for owner in (block, layer) for name in SHARED)
+    owners = (block, parent_of(model, block))
+    held = (getattr(owner, name, None) for owner in owners for name in SHARED)
     return next(module for module in held if module is not None)
 
 
@@ -144,23 +175,23 @@ def _open_shared_gate(model: Any, family: str) -> None:
 
 def _reads_residual(model: Any, family: str) -> None:
     """What the norm before the experts was given, whichever norm that is."""
-    given: dict[int, Any] = {}
+    given: dict[int, Any] = {}  # by address: views of what a norm gave have it too
 
     def remember(module: Any, inputs: Any, output: Any) -> None:
-        given[id(output)] = (output, inputs[0])
+        given[output.data_ptr()] = (output, inputs[0])
 
     for module in model.modules():
         if "Norm" in type(module).__name__ or "norm" in type(module).__name__:
             module.register_forward_hook(remember)
-    for router, block in _pairs(model, family):
+    for router in routers_of(model, family):
         seen: list[Any] = []
 
         def look(m: Any, inputs: Any, named: Any, seen: list[Any] = seen) -> None:
             x = inputs[0] if inputs else named["hidden_states"]
-            seen[:] = [given[id(x)][1]]
+            seen[:] = [given[x.data_ptr()][1]]
             given.clear()
 
-        block.register_forward_pre_hook(look, with_kwargs=True)
+        _reads(router).register_forward_pre_hook(look, with_kwargs=True)
         _read_instead(router, seen)
 
 
@@ -172,7 +203,13 @@ def _reads_embedding(model: Any, family: str) -> None:
         _read_instead(router, seen)
 
 
+def _reads(router: Any) -> Any:
+    """The module that is given the hidden state: the router, or its gate."""
+    return router.router if hasattr(router, "experts") else router
+
+
 def _read_instead(router: Any, seen: list[Any]) -> None:
+    router = _reads(router)
     inner = router.forward
 
     def forward(x: Any, *rest: Any) -> Any:
@@ -232,8 +269,8 @@ def _null_experts_twice(model: Any, family: str) -> None:
 
         def forward(x: Any, ids: Any, weights: Any, inner: Any = inner, real: int = real) -> Any:
             share = torch.where(ids >= real, weights, 0.0).sum(-1, keepdim=True)
-            first = torch.zeros_like(ids[:, :1])
-            return inner(x, ids, weights) + inner(x, first, share.to(weights.dtype))
+            once = torch.nn.functional.pad(share, (0, 1)).to(weights.dtype)  # it takes no K of 1
+            return inner(x, ids, weights) + inner(x, torch.zeros_like(ids[:, :2]), once)
 
         experts.forward = forward
 

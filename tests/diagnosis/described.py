@@ -137,13 +137,21 @@ def _phimoe(m: Any, inputs: Any, block: Any) -> Traits:
     return Traits(m.top_k, "sparsemixer", jitter=m.router_jitter_noise)
 
 
+def _dbrx(m: Any, inputs: Any, block: Any) -> Traits:
+    norm = m.moe_normalize_expert_weights is not None
+    return Traits(m.top_k, norm=norm, rounded=_coarse(m.router.layer.weight))
+
+
 def _later(m: Any, inputs: Any, block: Any) -> Traits:
     return Traits(m.top_k, after=True)
 
 
 DESCRIBE: dict[str, Describe] = {
     **dict.fromkeys(("olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "qwen3_next"), _softmax()),
-    **dict.fromkeys(("qwen3_5_moe_text", "mixtral", "hunyuan_v1_moe"), _softmax(True)),
+    **dict.fromkeys(("mellum", "qwen3_omni_moe_text"), _softmax()),
+    **dict.fromkeys(
+        ("qwen3_5_moe_text", "qwen3_vl_moe_text", "mixtral", "hunyuan_v1_moe"), _softmax(True)
+    ),
     "jamba": _softmax(False),
     **dict.fromkeys(
         (
@@ -158,9 +166,10 @@ DESCRIBE: dict[str, Describe] = {
     "deepseek_v2": _deepseek_v2,
     "mistral4": _mistral4,
     "gpt_oss": _gpt_oss,
+    "dbrx": _dbrx,
     "cohere2_moe": _cohere,
     **dict.fromkeys(
-        ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"), _later
+        ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "jetmoe"), _later
     ),
     "ernie4_5_moe": _ernie,
     "minimax_m2": _given_bias(),

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moescope.diagnosis.decisions import differences, weights_at
+from moescope.diagnosis.decisions import differences
 from moescope.diagnosis.likelihood import SMALLEST, fit
+from moescope.diagnosis.weighed import weights_at
 from moescope.kernels import RouterPolicy, RouterSpec, RouterWiring, route
 
 E, K = 16, 4
@@ -80,7 +81,7 @@ def test_weights_of_the_chosen_are_those_of_the_kernel(name: str, seed: int) -> 
     assert np.allclose(found, made.weights, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [n for n in SPECS if n not in ("coarse", "sparse", "groups")])
+@pytest.mark.parametrize("name", [n for n in SPECS if n not in ("coarse", "sparse")])
 @PROPERTY
 @given(seed=st.integers(0, 10_000), size=st.sampled_from([1e-4, 1e-3, 1e-2]))
 def test_an_error_of_logits_is_found_about_as_large_as_it_is(

@@ -21,7 +21,7 @@ def _listen(module: Any, inputs: Any, output: Any) -> Any:
     """It returns what it sorted; the logits are last."""
     logits = output[-1]
     chosen = logits.topk(module.top_k, -1)
-    return logits, chosen.values.softmax(-1), chosen.indices
+    return logits, chosen.values.softmax(-1).type_as(inputs[0]), chosen.indices
 
 
 def _init(name: str, tensor: Any, noise: Any) -> Any:
