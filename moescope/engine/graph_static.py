@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.engine.torch_operators.attention import CachedAttention
-from moescope.engine.torch_operators.common import Call, linear, split
+from moescope.engine.torch_operators.common import Call, convolution, linear, split
 from moescope.engine.torch_operators.convolved_attention import TorchConvolvedAttention
 from moescope.engine.torch_operators.linear_attention import Delta
 from moescope.engine.torch_operators.mla import TorchIndexer, TorchMLA
@@ -132,8 +132,8 @@ def convolved_attention(run: TorchConvolvedAttention, h: Tensor, static: Static)
         first = static.positions[:, None] == 0
         before = torch.where(first, run.qkv_bias[-run.half :], before)
     (channels, shift), (heads, other) = run.convolutions
-    x = F.conv1d(window[:, : run.wide, -1 - run.taps :], channels[:, None], shift, groups=run.wide)
-    x = F.conv1d(x, heads, other, groups=run.wide // s.head_dim)[..., 0]
+    x = convolution(window[:, : run.wide, -1 - run.taps :], channels[:, None], shift, run.wide)
+    x = convolution(x, heads, other, run.wide // s.head_dim)[..., 0]
     qk = run.placed(x, qk, static.call)
     v = torch.cat((now, before), -1).view(N, s.kv_heads, s.head_dim)
     return linear(attended(run, qk, v, static), *run.out)

@@ -253,3 +253,23 @@ def test_a_published_config_in_words() -> None:
     for name in ("rope_parameters", "cca_time0", "head_dim", "tie_word_embeddings"):
         del silent[name]
     assert families.build(silent) == spec
+
+
+def test_float32_convolutions_are_never_of_fewer_bits(
+    biased: TorchDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's usual way, on a device that has it, is TF32; what others chose comes back after."""
+    allowed: list[bool] = []
+    conv1d = torch.nn.functional.conv1d
+
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return conv1d(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv1d", watched)
+    before = torch.backends.cudnn.allow_tf32
+    biased.open(1, 32)
+    biased.truncate(0, 0)
+    biased.run([0], IDS[None, :8])
+    assert allowed and not any(allowed)
+    assert torch.backends.cudnn.allow_tf32 == before

@@ -4,12 +4,11 @@ part those of the token before (compressed convolutional attention, arXiv 2510.0
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.engine.operators import Attention, ConvolvedAttention
 from moescope.engine.torch_operators.attention import CachedAttention
-from moescope.engine.torch_operators.common import Call, Weights, linear, split
+from moescope.engine.torch_operators.common import Call, Weights, convolution, linear, split
 from moescope.engine.torch_operators.recurrent import Recurrent
 from moescope.engine.torch_operators.rope import rotate
 
@@ -80,8 +79,8 @@ class TorchConvolvedAttention(Recurrent, CachedAttention):
             before = torch.cat((self.qkv_bias[None, -self.half :], before[1:]))
         x = inputs[None, : self.wide, tail - self.taps :]
         (channels, shift), (heads, other) = self.convolutions
-        x = F.conv1d(x, channels[:, None], shift, groups=self.wide)
-        x = F.conv1d(x, heads, other, groups=self.wide // self.spec.head_dim)
+        x = convolution(x, channels[:, None], shift, self.wide)
+        x = convolution(x, heads, other, self.wide // self.spec.head_dim)
         return x[0].T, before
 
     def _means(self, qk: Tensor) -> Tensor:

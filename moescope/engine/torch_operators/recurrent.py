@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from moescope.engine.torch_operators.common import convolution
 
 Saved = tuple[Tensor, ...]
 
@@ -64,5 +65,5 @@ class Recurrent:
         convolved with its own row of weight [channels, kernel]."""
         inputs = torch.cat((self.window[lane], x.T), -1)  # [channels, kernel - 1 + T]
         self.window[lane] = inputs[:, inputs.shape[1] - self.window.shape[-1] :]
-        out = F.conv1d(inputs[None], weight[:, None], bias, groups=len(weight))[0]
+        out = convolution(inputs[None], weight[:, None], bias, len(weight))[0]
         return (out if activation is None else activation(out)).T
