@@ -125,10 +125,10 @@ def work(asked: Namespace, modes: Sequence[Mode]) -> None:
     own: dict[str, Any] = {}
     if modes[0] is MODES[0]:  # the first worker
         own["ours"] = ours(model, asked)
-        own["parity"] = _guarded(lambda: parity(model, "eager"))
+        own["parity"] = guarded(lambda: parity(model, "eager"))
     tell(None, own)
     for mode in modes:
-        figures = _guarded(lambda mode=mode: measure(model, mode))
+        figures = guarded(lambda mode=mode: measure(model, mode))
         tell(mode.name, figures)
         if asked.device == "cuda":
             try:
@@ -161,7 +161,7 @@ def tell(name: str | None, figures: dict[str, Any]) -> None:
     print(GREETING + json.dumps([name, figures]), flush=True)
 
 
-def _guarded(run: Any) -> dict[str, Any]:
+def guarded(run: Any) -> dict[str, Any]:
     try:
         found: dict[str, Any] = run()
         return found

@@ -38,13 +38,15 @@ class Step:
 OLMOE, QWEN3 = ("--shape", "olmoe"), ("--shape", "qwen3")
 # In order of what they are worth, should time run out.
 STEPS = (
-    Step("tests", "tests that need the device", "cuda_tests", (), 240),
+    Step("tests", "tests that need the device", "cuda_tests", ("--without", "families"), 240),
     Step("router", "the router alone", "cuda_router", (), 90, 300),
     Step("olmoe", "decode, OLMoE-1B-7B", "cuda_decode", OLMOE, 75, 300),
     Step("tracing", "what tracing costs", "cuda_tracing", OLMOE, 60, 300),
     Step("lanes", "1 to 8 lanes, shadow variants", "cuda_lanes", OLMOE, 120, 400),
     Step("qwen3", "decode, Qwen3-30B-A3B", "cuda_decode", QWEN3, 90, 400),
     Step("peers", "against transformers, OLMoE-1B-7B", "cuda_peers", OLMOE, 300),
+    Step("families", "families with operators in torch", "cuda_families", (), 300),
+    Step("tests_families", "every family's step", "cuda_tests", ("--only", "families"), 240),
     Step("kernels", "every kernel, and tiles around its own", "cuda_kernels", (), 150),
     Step("peers_qwen3", "against transformers, Qwen3-30B-A3B", "cuda_peers", QWEN3, 360),
     Step("prefill", "first token and loading", "cuda_prefill", OLMOE, 75, 300),

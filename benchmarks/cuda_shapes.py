@@ -130,6 +130,11 @@ def make(name: str, device: str, *, dtype: str = "bfloat16", layers: int = 0) ->
     config = dict(CONFIGS[name])
     if layers:
         config["num_hidden_layers"] = layers
+    return make_of(config, device, dtype)
+
+
+def make_of(config: dict[str, Any], device: str, dtype: str) -> Model:
+    """Random weights for a config."""
     spec = families.build(config, dtype)
     return Model(config, spec, random_weights(spec, device, dtype), device, dtype)
 
@@ -140,7 +145,8 @@ def random_weights(spec: DecoderSpec, device: str, dtype: str, seed: int = 0) ->
     generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for slot in parameters.slots(spec):
-        tensor = torch.empty(slot.shape, dtype=getattr(torch, dtype), device=device)
+        kind = getattr(torch, "float32" if slot.dtype == "float32" else dtype)
+        tensor = torch.empty(slot.shape, dtype=kind, device=device)
         if slot.name.endswith("norm.weight"):
             tensor.normal_(1.0, 0.1, generator=generator)
         elif slot.name == "embed.weight":

@@ -29,11 +29,16 @@ AGAIN = 8  # tests of a file that are run alone after they failed
 
 
 def main() -> int:
-    asked = parser(__doc__ or "").parse_args()
+    asks = parser(__doc__ or "")
+    asks.add_argument("--only", default="", help="files whose name holds this")
+    asks.add_argument("--without", help="but not those whose name holds this")
+    asked = asks.parse_args()
     report, _ = begin(asked)
     ends = time.monotonic() + asked.limit - 10
     files: dict[str, Any] = {}
     for path in with_device_tests():
+        if asked.only not in path or (asked.without and asked.without in path):
+            continue
         if ends - time.monotonic() < 20:
             files[path] = {"says": "not run: no time left", "errors": 1}
         elif asked.device == "cpu":
