@@ -159,13 +159,13 @@ def _layers(found: Comparison) -> list[str]:
 
 def _gate_rows(found: GateRows) -> list[str]:
     if not found.flips:
-        return ["", "gate: no flip on the same tokens comes from its arithmetic"]
+        return ["", "gate: no flip on the same tokens comes from its rows"]
     kept = found.rows[:SHOWN_ROWS]
     shared = (
         f"{found.shared} of them need several rows at once" if found.shared else "each by a row"
     )
     size = "" if found.row_bytes is None else f" ({found.row_bytes / 1e3:.1f} kB each in 16 bit)"
-    lines = ["", f"gate: {_flips(found.flips)} from its arithmetic, {shared}"]
+    lines = ["", f"gate: {_flips(found.flips)} from its rows, {shared}"]
     if kept:
         lines.append(f"   rows to keep in higher precision first{size}:")
     for row in kept:

@@ -27,7 +27,7 @@ class GateRows:
     """Rows by the flips they turned, most first; `shared` flips need several rows at once."""
 
     rows: tuple[GateRow, ...]
-    flips: int  # that the gate alone explains
+    flips: int  # that rows of the gate explain
     shared: int
     row_bytes: int | None  # what one row takes at 16 bits, where the width is known
 

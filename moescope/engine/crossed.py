@@ -7,9 +7,10 @@ Of four selections, those of A and B on their own inputs differ; the other two t
 - `either`: each of the two is enough;
 - `together`: neither is, only both.
 
-A flip that B's gate alone explains is blamed on a row of it where giving that row the logit of A's
-gate undoes the flip. What routers read is kept by an intervention (`Watched`), so lanes under it
-take no fused step, and on MLX no compiled one. Letters: L routers, E expert classes, K picked.
+A flip that B's gate alone explains, and that A's logits undo, is blamed on a row of B's gate where
+giving that row A's logit is enough. Where they do not, B chooses by another rule: another K, another
+bias. What routers read is kept by an intervention (`Watched`), so lanes under it take no fused step,
+and on MLX no compiled one. Letters: L routers, E expert classes, K picked.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Tensors = Mapping[str, NDArray[Any]]
 @dataclass(frozen=True, slots=True)
 class Flip:
     """Why one router of B chose otherwise than A's. `rows` are (expert, |difference of its logit|)
-    of B's gate, each of which turned the choice by itself; None: the gate did not."""
+    of B's gate, each of which turned the choice by itself; None: the gate's rows did not."""
 
     router: int
     cause: str
@@ -83,10 +84,13 @@ def blamed_rows(
     original: NDArray[np.float32],
     spec: RouterSpec,
     tensors: Tensors,
-) -> tuple[tuple[int, float], ...]:
-    """The rows that turned a choice. `chosen` by A's gate; `logits` of B's gate and `original` ones
-    of A's [E], both on A's input; `spec` and `tensors` are B's."""
+) -> tuple[tuple[int, float], ...] | None:
+    """The rows that turned a choice; None where A's logits do not undo it. `chosen` by A's gate;
+    `logits` of B's gate and `original` ones of A's [E], both on A's input; `spec` and `tensors` are
+    B's."""
     wanted = _set(chosen)
+    if _set(selected(original[None], spec, [tensors])[0]) != wanted:
+        return None
     now = _set(selected(logits[None], spec, [tensors])[0])
     found = []
     for expert in sorted(wanted ^ now):

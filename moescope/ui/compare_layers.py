@@ -117,13 +117,13 @@ def gate_data(pair: Pair, found: GateRows | None, fed_alike: bool) -> GateData:
     title = f"gate of {right} · rows to keep in higher precision"
     if found is None or not found.flips:
         unfed = "gates are crossed where both are fed the same tokens: t"
-        return GateData(title, "no flip comes from the gate" if fed_alike else unfed)
+        return GateData(title, "no flip comes from its rows" if fed_alike else unfed)
     rows = tuple(
         (f"L{row.layer:02d} E{row.expert:03d}", row.flips, row.error) for row in found.rows
     )
     flips = "1 flip comes" if found.flips == 1 else f"{found.flips} flips come"
     shared = f", {found.shared} by several rows at once" if found.shared else ""
-    return GateData(title, f"{flips} from the gate{shared}", rows)
+    return GateData(title, f"{flips} from its rows{shared}", rows)
 
 
 def _known(value: float) -> float | None:

@@ -256,7 +256,7 @@ def watch_source(meta: TraceMeta, source: Source, name: str, path: Path | None =
         )
     watch = Watch(None, name)
     model = meta.models[0] if meta.models else {}
-    watch.name = str(model.get("name", name))
+    watch.name = " beside ".join(str(one.get("name", name)) for one in meta.models[:2]) or name
     watch.facts = {**meta.engine, **model}
     watch.trace_path = path
     watch.begin(meta, source)

@@ -199,6 +199,14 @@ def test_a_flip_is_blamed_on_the_row_that_undoes_it() -> None:
     assert found.rows[0].layer == 7 and found.rows[0].error == pytest.approx(0.2)
 
 
+def test_another_rule_is_no_rows_doing(place: Path, base: Any) -> None:
+    """The same gate, and one expert fewer: no logit of the original undoes a flip."""
+    fewer = loaded(folder_of(place, "picks_two", num_experts_per_tok=2))
+    run = fed_both(Side(*base), Side(*fewer), base[1].encode(TEXT))
+    assert run.comparisons[0].causes["gate"] > 100
+    assert run.gate_rows is not None and run.gate_rows.flips == 0 and run.gate_rows.rows == ()
+
+
 def test_the_one_row_that_is_off_is_found(base: Any, one_row_off: Any) -> None:
     ids = base[1].encode(3 * TEXT)
     run = fed_both(Side(*base), Side(*one_row_off), ids)

@@ -304,7 +304,7 @@ async def test_two_models_say_why_and_which_rows_of_the_gate():
             await pilot.press("d")
         panel = screen.query_one(GatePanel)
         assert panel.data.rows == (("L02 E007", 1, 0.25),) and "L02 E007" in text_of(panel)
-        assert "2 flips come from the gate, 1 by several rows at once" in text_of(panel)
+        assert "2 flips come from its rows, 1 by several rows at once" in text_of(panel)
         await pilot.press("x")  # what turned A's choice against B was not told
         assert panel.data.rows == () and "gate of A" in panel.data.title
         while screen.view != "layers":
