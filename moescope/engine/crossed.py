@@ -8,9 +8,9 @@ Of four selections, those of A and B on their own inputs differ; the other two t
 - `together`: neither is, only both.
 
 A flip that B's gate alone explains, and that A's logits undo, is blamed on a row of B's gate where
-giving that row A's logit is enough. Where they do not, B chooses by another rule: another K, another
-bias. What routers read is kept by an intervention (`Watched`), so lanes under it take no fused step,
-and on MLX no compiled one. Letters: L routers, E expert classes, K picked.
+giving that row A's logit is enough. Where they do not, B chooses by another rule: another K, or
+another bias. What routers read is kept by an intervention (`Watched`), so lanes under it take no
+fused step, and on MLX no compiled one. Letters: L routers, E expert classes, K picked.
 """
 
 from __future__ import annotations
