@@ -155,7 +155,7 @@ def attend(spec: Attention, position: int, device: str, measure: Measure) -> dic
     weights = (norms[0], norms[1]) if spec.qk_norm is not None else None
     seconds = measure(
         lambda: run(
-            qkv, next(caches), lanes, at, shape, scratch, weights=weights, rotation=turns, out=out
+            qkv, *next(caches), lanes, at, shape, scratch, weights=weights, rotation=turns, out=out
         )
     )
     size = 2 * spec.kv_heads * position * D * 2

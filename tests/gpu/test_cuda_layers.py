@@ -91,7 +91,7 @@ def test_norms(width: int, dtype: str) -> None:
 
 
 # heads, key heads, head width
-HEADS = [(16, 16, 128), (32, 4, 128), (8, 2, 64), (6, 2, 24)]
+HEADS = [(16, 16, 128), (32, 4, 128), (8, 2, 64), (6, 2, 24), (16, 2, 256), (8, 2, 512)]
 
 
 @pytest.mark.parametrize("heads, kv_heads, width", HEADS)
@@ -116,7 +116,7 @@ def test_attention_over_short_and_long_caches(
         at = [position + turn for position in positions]
         out = attend(
             qkv,
-            cache,
+            *cache,
             torch.tensor(lanes, dtype=torch.int32, device=DEVICE),
             torch.tensor(at, dtype=torch.int32, device=DEVICE),
             shape,
