@@ -129,3 +129,22 @@ def test_gates_of_two_models_are_crossed_as_on_torch(folder: Path) -> None:
         session.close()
         assert all(model.interpreter.intervene is None for model in models)
     assert told[0] == told[1] and told[0]
+
+
+@pytest.mark.parametrize("load", [on_mlx, on_torch])
+def test_a_steered_past_is_fed_again_as_it_was_steered(load: Any, folder: Path) -> None:
+    """Convolutions rewrite their state: a fork feeds what came before it once more."""
+    interpreter = load(tiny_checkpoint("lfm2_moe", folder / f"conv-{load.__name__}"))
+    model = SimpleNamespace(interpreter=interpreter, facts={"context": 64})
+    session = Session(model, None, variants=("trained with forbid=0+1",))
+    session.start(Generate(prompt_ids=IDS, sampling=Sampling(max_new_tokens=8)))
+    frames: list[Frame] = []
+    while session.running:
+        frames += session.step()
+        if session.lanes[0].fed == 12 and len(session.lanes) == 1:
+            session.add_lane("trained with forbid=0+1", 0, 9)
+    source = [frame for frame in frames if frame.lane == 0 and frame.position >= 9]
+    assert_alike([frame for frame in frames if frame.lane == 1], source, "a fork changes nothing")
+    session.set_variant(0, "trained")
+    session.set_variant(1, "trained")
+    assert interpreter.intervene is None
