@@ -241,26 +241,10 @@ _EVERY = Shape(
     gate="softplus",
     gate_of="heads",
 )
-# OLMoE, Qwen3-30B-A3B, gpt-oss, Qwen3-Next, Gemma 4, everything at once, and narrow float32.
+# OLMoE, Qwen3-30B-A3B, Gemma 4's full layers, everything at once, and narrow float32.
 AOT = {
     "attend flat bf16": _case("bf16", 8, _FULL),
     "attend per head bf16": _case("bf16", 32, _QWEN3),
-    "attend gpt-oss bf16": _case(
-        "bf16", 16, Shape(64, 8, 64, 0.1, window=128, rope="half", dims=64), sinks="*bf16"
-    ),
-    "attend gate in the row bf16": _case(
-        *("bf16", 32),
-        Shape(
-            *(16, 2, 256, 0.1),
-            norm="per_head",
-            norm_wide=True,
-            rope="half",
-            dims=64,
-            gate="sigmoid",
-            gate_in_row=True,
-        ),
-        gate="*bf16",
-    ),
     "attend wide heads bf16": _case(
         *("bf16", 32),
         Shape(

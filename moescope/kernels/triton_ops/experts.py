@@ -207,9 +207,6 @@ _CASES = {
         bias="*bf16",
         **Gating("swiglu_oai", limit=7.0, alpha=1.702, up_shift=1.0).constants(),
     ),
-    "no second half, 2 lanes": _aot(
-        *("*bf16", 2, 32, 512, 1024, 2688), **Gating("relu2", glu=False).constants()
-    ),
     "dense, 2 lanes": _aot(
         *("*bf16", 2, 1, 1, 2048, 6144), norm="*bf16", ids=None, weights=None, ACTIVATION="gelu"
     ),
