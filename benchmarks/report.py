@@ -193,6 +193,19 @@ def _router(found: dict[str, Figures]) -> Iterator[list[str]]:
             ]
 
 
+def _families(found: dict[str, Figures]) -> Iterator[list[str]]:
+    for name, row in found.get("families", {}).get("cases", {}).items():
+        noise = {"noisy": True} if row["turns_noisy"] == row["turns"] else {}
+        yield [
+            name,
+            _ratio({**row["faster"], **noise}),
+            _number(row["step_ms"], 1),
+            _number(row["torch_ms"], 1),
+            f"{row['gb_read']:.2f}",
+            row["step"].partition("in torch: ")[2],
+        ]
+
+
 def _loading(found: dict[str, Figures]) -> Iterator[list[str]]:
     step = found.get("loading", {})
     for name, row in step.get("loaders", {}).items():
@@ -260,6 +273,7 @@ TABLES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Figures]], Iterator[lis
         ),
         _router,
     ),
+    (("in C", "× torch operators", "C, ms", "torch, ms", "GB read", "still in torch"), _families),
     (("loading", "time over reading", "GB/s", "s"), _loading),
     (("start-up", "s"), _start),
     (("the screen", "median", "wanted"), _screens),

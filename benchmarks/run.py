@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import decode
+import families
 import lanes
 import loading
 import machine
@@ -44,6 +45,7 @@ Figures = dict[str, Any]
 STEPS: dict[str, Callable[[Asked], Figures]] = {
     "start": start.run,
     "router": router.run,
+    "families": families.run,
     "decode": decode.run,
     "lanes": lanes.run,
     "tracing": tracing.run,
@@ -52,7 +54,7 @@ STEPS: dict[str, Callable[[Asked], Figures]] = {
     "loading": loading.run,
     "slow": slow.run,  # last: it needs memory that others leave in the system's cache
 }
-NO_MODEL = {"start", "router", "screens"}
+NO_MODEL = {"start", "router", "families", "screens"}
 NOT_QUICK = {"screens"}  # they write among the real results
 
 
