@@ -210,7 +210,7 @@ class Layers:
                 assert rope.scaling is not None
                 at = at + (at >= rope.scaling.original_context) * self.shared.capacity
             call.rotations[id(rope)] = cos[at].unsqueeze(1), sin[at].unsqueeze(1)
-        return Static(inputs["lanes"].long(), positions, reach, call)
+        return Static.of(inputs["lanes"], positions, reach, call)
 
     def _draw(self, buffers: Buffers, logits: Tensor, drawn: Tensor, *, ranked: bool) -> None:
         """Over the greedy tokens, in lanes that are not greedy."""

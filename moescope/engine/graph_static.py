@@ -12,7 +12,7 @@ Letters: N lanes, H hidden, S the positions in reach.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,19 +37,25 @@ class Static:
 
     lanes: Tensor  # [N] int64
     positions: Tensor  # [N] int64
-    reach: int
+    places: Tensor  # [S], the positions in reach
+    seen: Tensor  # [N, S]: those up to a lane's own
     call: Call  # token ids, positions and rotations; no lanes
-    chosen: Tensor | None = field(default=None)  # [N, S], what the last indexer lets be seen
+    chosen: Tensor | None = None  # [N, S], what the last indexer lets be seen
 
-    def seen(self) -> Tensor:
-        """[N, S]: the positions up to a lane's own."""
-        places = torch.arange(self.reach, device=self.positions.device)
-        return places <= self.positions[:, None]
+    @classmethod
+    def of(cls, lanes: Tensor, positions: Tensor, reach: int, call: Call) -> Static:
+        places = torch.arange(reach, device=positions.device)
+        return cls(lanes.long(), positions, places, places <= positions[:, None], call)
 
     def rows(self, cache: Tensor) -> Tensor:
         """cache [lanes, capacity, D] -> [N, S, D]; what a lane does not hold is 0."""
-        held = cache[:, : self.reach].index_select(0, self.lanes)
-        return held.masked_fill_(~self.seen()[..., None], 0.0)
+        held = cache[:, : len(self.places)].index_select(0, self.lanes)
+        return held.masked_fill_(~self.seen[..., None], 0.0)
+
+    def heads(self, cache: Tensor) -> Tensor:
+        """cache [lanes, kv heads, capacity, D] -> [N, kv heads, S, D], as `rows`."""
+        held = cache[:, :, : len(self.places)].index_select(0, self.lanes)
+        return held.masked_fill_(~self.seen[:, None, :, None], 0.0)
 
 
 def put(cache: Tensor, rows: Tensor, static: Static) -> None:
@@ -68,7 +74,7 @@ def latent_attention(run: TorchMLA, h: Tensor, static: Static) -> Tensor:
         assert latent is not None
         static.chosen = indexed(run.indexer, h, latent, static)
     put(run.cache, new, static)
-    rows, seen = static.rows(run.cache), static.seen()
+    rows, seen = static.rows(run.cache), static.seen
     if static.chosen is not None and (run.indexer is not None or s.shares_choice):
         seen = seen & static.chosen
     still, moving = split(q, s.nope_dim, s.rope_dim)  # [N, heads, ..]
@@ -86,8 +92,8 @@ def indexed(run: TorchIndexer, h: Tensor, latent: Tensor, static: Static) -> Ten
     s, call = run.spec, static.call
     k, q = run.keys(h, call), run.queries(latent, call)
     put(run.cache, k, static)
-    seen = static.seen()
-    if static.reach <= s.topk:
+    seen = static.seen
+    if seen.shape[1] <= s.topk:
         return seen
     sums = run.scores(q, run.head_weights(h), static.rows(run.cache))
     best = sums.masked_fill(~seen, -torch.inf).topk(s.topk, -1).indices
@@ -105,17 +111,12 @@ def attended(run: CachedAttention, qk: Tensor, v: Tensor, static: Static) -> Ten
     at = static.lanes[:, None], torch.arange(s.kv_heads, device=v.device), static.positions[:, None]
     run.keys.index_put_(at, qk[:, heads:])
     run.values.index_put_(at, v)
-    seen = static.seen()
+    seen = static.seen
     if s.window:
-        places = torch.arange(static.reach, device=v.device)
-        seen = seen & (places > static.positions[:, None] - s.window)
-    seen = seen[:, None]
-    keys, values = (
-        cache[:, :, : static.reach].index_select(0, static.lanes).masked_fill_(~seen[..., None], 0)
-        for cache in (run.keys, run.values)
-    )
+        seen = seen & (static.places > static.positions[:, None] - s.window)
     q = qk[:, :heads].reshape(N, s.kv_heads, -1, s.head_dim)
-    mixed = F.scaled_dot_product_attention(q, keys, values, seen[:, None], scale=s.scale)
+    keys, values = static.heads(run.keys), static.heads(run.values)
+    mixed = F.scaled_dot_product_attention(q, keys, values, seen[:, None, None], scale=s.scale)
     return mixed.reshape(N, -1)
 
 
