@@ -146,7 +146,7 @@ def test_nothing_runs_ahead_of_state_that_is_written_over() -> None:
 def test_a_graph_looks_as_far_as_its_lanes_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latent rows beyond the reach are not looked at; a step that ran ahead stays within it."""
     monkeypatch.setattr(graph_step, "REACH", 8)
-    fused, twin = filled("mistral4-released", tokens=14)
+    fused, _ = filled("mistral4-released", tokens=14)
     step = fused.step
     assert isinstance(step, GraphStep)
     step.layers.layers = step.layers.layers[:1]
@@ -158,7 +158,6 @@ def test_a_graph_looks_as_far_as_its_lanes_reach(monkeypatch: pytest.MonkeyPatch
         kinds.append(step.layers.reaches() and step._reach(fused.length(0) - 1))
         launches.append(step.launches)
     assert kinds == [16, 16, 32] and launches == [2, 3, 5]
-    del twin
 
 
 # --- all families ---------------------------------------------------------------------------------
@@ -187,3 +186,19 @@ def test_every_family(case: str, dtype: str, device: str) -> None:
                 apart.append(off / np.linalg.norm(b.logits[n]))
         tokens = b.logits[:, 0].argmax(-1).tolist()
     assert np.median(apart) < (1e-4 if dtype == "float32" else 0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["jamba-sparse-first", "lfm2_moe-unbiased", "mistral4-released"])
+def test_a_capture_leaves_state_as_it_was(case: str, device: str) -> None:
+    """What is captured runs once before, which writes over state; kernels launched one by one show
+    what it must have been. Bit for bit, over the edges of what graphs reach."""
+    captured, eager = (filled(case, device)[0] for _ in range(2))
+    eager.step = GraphStep(eager.shared, graph=False)
+    for each in (captured, eager):
+        each.open(3, 600)
+    tokens = [5, 9]
+    for _ in range(2 if device == "cpu" else 280):
+        a, b = (each.run([2, 0], column(tokens), record="logits") for each in (captured, eager))
+        assert np.array_equal(a.logits, b.logits) and np.array_equal(a.expert_ids, b.expert_ids)
+        tokens = a.logits[:, 0].argmax(-1).tolist()
