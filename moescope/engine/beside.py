@@ -36,12 +36,6 @@ class TwoModels:
     def checkpoint(self) -> Any:
         return getattr(self.first, "checkpoint", None)
 
-    @property
-    def memory(self) -> dict[str, int]:
-        """Sums of both, where they are sums."""
-        sums = {name: size + self.second.memory[name] for name, size in self.first.memory.items()}
-        return {**sums, "free": self.first.memory["free"]}
-
 
 def beside(first: Any, second: Any) -> TwoModels:
     """Both models as one. Raises `MoescopeError` for two that do not correspond."""
@@ -56,7 +50,6 @@ def beside(first: Any, second: Any) -> TwoModels:
     own = f"{single_line(name, 80)}: "
     notes = [own + note for note in second.facts.get("notes", ())]
     facts["notes"] = [*first.facts.get("notes", ()), *notes]
-    facts["second"] = {n: v for n, v in second.facts.items() if n not in ("notes", "second")}
     return TwoModels(first, second, Beside(first.interpreter, second.interpreter), facts)
 
 
