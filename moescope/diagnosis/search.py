@@ -23,7 +23,7 @@ from moescope.diagnosis.emulate import OURS, Emulation, Engine, Forced, emulate_
 from moescope.diagnosis.evidence import Evidence
 from moescope.diagnosis.hypotheses import TRAINED, Hypothesis
 from moescope.diagnosis.likelihood import LEVEL, SMALLEST, Fit, fit
-from moescope.diagnosis.weighed import weights_at
+from moescope.diagnosis.weighed import last_cast, weights_at
 from moescope.engine.interpreter import Router
 from moescope.kernels.reference import F64
 from moescope.kernels.spec import RouterSpec
@@ -35,7 +35,7 @@ HELD_BYTES = 256 << 20  # of emulated logits
 NEAR = 1000.0  # nats behind the best that another dtype of the engine might make up for
 KEPT = 30.0  # nats behind the best after which nobody comes back
 # the least and the most noise, in logits, for which a dtype of the engine is considered
-NOISE_OF = {"float32": (0.0, 10.0), "float16": (1e-4, 5e-3), "bfloat16": (3e-4, 10.0)}
+NOISE_OF = {"float32": (0.0, 10.0), "float16": (1e-4, 5e-3), "bfloat16": (1e-4, 10.0)}
 MOST = 0.15  # of the spread of a row's logits: no engine is that far off
 FAIR = 8.0  # nats that the trained router may be behind and still decide what is not told
 FLOORS = {"float32": SMALLEST, "float16": 1e-4, "bfloat16": 1e-3}  # noise, in logits, at least
@@ -274,7 +274,7 @@ def _near(setting: Setting) -> list[Hypothesis]:
     casting: dict[str, list[Candidate]] = {}
     for candidate in setting.found:
         edited = apply(candidate.hypothesis.edits, spec, layer)
-        casting.setdefault(edited.wiring.combine_dtype, []).append(candidate)
+        casting.setdefault(last_cast(edited)[0], []).append(candidate)
     return [h for found in casting.values() for h in survivors(found, NEAR)]
 
 

@@ -134,7 +134,7 @@ def cells_of(
 ) -> Cells | None:
     """The cells of `recorded`, numbers of the dtype that `spec` casts to, up to `room`, relative;
     None where it casts to none, or they are others: an engine casts all weights or none."""
-    dtype, unit, smooth = _last_cast(spec)
+    dtype, unit, smooth = last_cast(spec)
     if not STEPS[dtype]:
         return None
     used = (ids >= 0) & np.isfinite(recorded)
@@ -153,7 +153,7 @@ def cells_of(
     return Cells(low, high)
 
 
-def _last_cast(spec: RouterSpec) -> tuple[str, float, RouterSpec]:
+def last_cast(spec: RouterSpec) -> tuple[str, float, RouterSpec]:
     """The last dtype to which weights are cast, what they are multiplied with after it, and the
     spec without it. Scores that are not divided by anything are cast by their own dtype."""
     smooth = spec.with_wiring(combine_dtype="float32")
@@ -168,7 +168,7 @@ def _last_cast(spec: RouterSpec) -> tuple[str, float, RouterSpec]:
 def _scores_are_weights(spec: RouterSpec) -> bool:
     p = spec.policy
     plain = p.weights_from == "scores" and p.score_passes == 1 and not p.per_expert_scale
-    return plain and not p.norm_topk_prob and p.scoring_func != "sparsemixer"
+    return plain and not p.norm_topk_prob
 
 
 def size_of(recorded: NDArray[Any], used: NDArray[np.bool_]) -> F64:

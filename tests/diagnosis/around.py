@@ -21,10 +21,13 @@ def routers_of(model: Any, family: str) -> list[Any]:
     """In the order in which they are asked: of a layer, those in its attention first."""
     pattern = READ.get(family, TOP_K).modules
     named = [(n, m) for n, m in model.named_modules() if re.search(pattern, type(m).__name__)]
-    places = {n: n.split("attention")[0].split("mlp")[0] for n, _ in named}
-    order = {place: number for number, place in enumerate(dict.fromkeys(places.values()))}
-    named.sort(key=lambda pair: (order[places[pair[0]]], "attention" not in pair[0]))
-    return [module for _, module in named]
+
+    def place(pair: tuple[str, Any]) -> tuple[int, bool]:
+        layer = re.search(r"\.(\d+)\.", pair[0])
+        assert layer is not None
+        return int(layer[1]), "attention" not in pair[0]
+
+    return [module for _, module in sorted(named, key=place)]
 
 
 def blocks_of(model: Any, family: str) -> list[Any]:
@@ -178,7 +181,8 @@ def _reads_residual(model: Any, family: str) -> None:
     given: dict[int, Any] = {}  # by address: views of what a norm gave have it too
 
     def remember(module: Any, inputs: Any, output: Any) -> None:
-        given[output.data_ptr()] = (output, inputs[0])
+        if inputs:  # a norm, not a block that holds some
+            given[output.data_ptr()] = (output, inputs[0])
 
     for module in model.modules():
         if "Norm" in type(module).__name__ or "norm" in type(module).__name__:

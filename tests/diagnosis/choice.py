@@ -53,8 +53,8 @@ def choose(logits: Any, t: Traits) -> tuple[Any, Any]:
     scores = z if t.after else _scored(z, t)
     biased = _biased(z, scores, t)
     ids = _best(_grouped(biased, t), t.k, t.higher_ids_win)
-    if t.score == "sparsemixer":
-        weights = _sparsemixer(z, ids, t.jitter)
+    if t.score == "sparsemixer" and not t.raw:
+        weights = _sparsemixer(z, ids, t.jitter, t.rounded or torch.float32)
     else:
         weights = _weights(z, scores, biased, ids, t)
     if t.norm:
@@ -84,7 +84,8 @@ def _biased(z: Any, scores: Any, t: Traits) -> Any:
     """What is ranked."""
     if t.bias is None:
         return scores
-    return (z if t.bias_on_logits else scores) + _bias(t)
+    ranked = (z if t.bias_on_logits else scores) + _bias(t)
+    return ranked.masked_fill(z.isneginf(), -torch.inf)  # no bias brings back what is excluded
 
 
 def _weights(z: Any, scores: Any, biased: Any, ids: Any, t: Traits) -> Any:
@@ -99,15 +100,16 @@ def _weights(z: Any, scores: Any, biased: Any, ids: Any, t: Traits) -> Any:
     return _scored(z.gather(1, ids), t) if t.after else scores.gather(1, ids)
 
 
-def _sparsemixer(z: Any, ids: Any, jitter: float) -> Any:
+def _sparsemixer(z: Any, ids: Any, jitter: float, dtype: torch.dtype) -> Any:
     """Each expert's own softmax over the logits near it; the second's without the first."""
     weights, left = [], z.clone()
     for k in range(2):
         top = z.gather(1, ids[:, k : k + 1])
-        far = (top - z) / torch.maximum(z.abs(), top) > 2 * jitter
+        apart = (top - z).to(dtype).float() / torch.maximum(z.abs(), top)
+        far = apart.to(dtype) > torch.tensor(2 * jitter, dtype=dtype)
         weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(1, ids[:, k : k + 1]))
         left = left.scatter(1, ids[:, k : k + 1], -torch.inf)
-    return torch.cat(weights, -1)
+    return torch.cat(weights, -1).to(dtype).float()
 
 
 def _scored(z: Any, t: Traits) -> Any:

@@ -113,7 +113,7 @@ def _lfm2(m: Any, inputs: Any, block: Any) -> Traits:
 
 
 def _scaled_by_block(m: Any, inputs: Any, block: Any) -> Traits:
-    """Laguna and MiniMax-M3: the block scales what the experts give."""
+    """Laguna, MiniMax-M3 and Step 3.5: the block scales what the experts give."""
     factor = block.routed_scaling_factor
     given = Traits(m.top_k, "sigmoid", norm=True, bias=m.e_score_correction_bias)
     return replace(given, scale=factor, scaled_output=True, native_output=factor)
@@ -177,6 +177,7 @@ DESCRIBE: dict[str, Describe] = {
     "afmoe": _given_bias(1e-20, "route_scale"),
     "lfm2_moe": _lfm2,
     "laguna": _scaled_by_block,
+    "step3p5": _scaled_by_block,
     "minimax_m3_vl_text": _scaled_by_block,
     "kolibri1": _kolibri,
     "flint": lambda m, inputs, block: Traits(m.top_k, "sigmoid", norm=m.norm_topk_prob),
@@ -184,6 +185,12 @@ DESCRIBE: dict[str, Describe] = {
     "gemma4_text": _gemma,
     "phimoe": _phimoe,
     "llama4_text": lambda m, inputs, block: Traits(m.top_k, "sigmoid", after=True),
+}
+
+
+# The logits of routers that return something else: (module, its input) -> [T, E].
+LOGITS: dict[str, Callable[[Any, Any], Any]] = {
+    "gemma4_text": lambda m, x: m.proj(m.norm(x) * m.scale * m.scalar_root_size),
 }
 
 

@@ -87,6 +87,7 @@ class Beside:
 # Faults that are not written for a family's modules.
 UNWRITTEN: dict[str, tuple[str, ...]] = {
     "gemma4_text": ("router_reads_residual", "router_reads_normed"),
+    "dbrx": ("router_reads_residual",),
 }
 
 

@@ -15,7 +15,7 @@ import torch
 
 from tests.diagnosis.around import AROUND, blocks_of, experts_of, parent_of, routers_of
 from tests.diagnosis.choice import CHOICE, choose
-from tests.diagnosis.described import DESCRIBE, replaced
+from tests.diagnosis.described import DESCRIBE, LOGITS, replaced
 from tests.families import READ
 from tests.families.kit import TOP_K
 
@@ -61,6 +61,7 @@ def _patch(model: Any, router: Any, block: Any, family: str, changes: list[Any])
     def forward(*inputs: Any, **named: Any) -> Any:
         out = inner(*inputs, **named)
         logits, _, _ = read.listen(router, inputs, out)
+        logits = LOGITS[family](router, *inputs) if family in LOGITS else logits
         traits = DESCRIBE[family](router, inputs, block)
         native = traits.native_output
         for change in changes:
