@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moescope.commands import options
+from moescope.commands import options, reading
 from moescope.commands.convert import FORMATS
 from moescope.errors import MoescopeError
 
@@ -57,20 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from moescope.diagnosis.balance_report import balance_of
-    from moescope.trace.formats import open_trace
 
     lane = None if args.lane is None else lane_of(args.lane)
-    trace = open_trace(args.trace, args.from_)
-    try:
+    with reading.opened(args.trace, args.from_) as trace:
         found = balance_of(trace, lane, padding=args.padding, pairs=args.pairs)
         problems = list(trace.problems)
-    finally:
-        trace.close()
     if args.json:
         notes = {"problems": problems} if problems else {}
         options.print_json({"trace": args.trace.name, **found.to_json(), **notes})
     else:
-        print("\n".join(_lines(args.trace.name, found)))
+        lost = any(problem.startswith("event ") for problem in problems)
+        unknown = "variant cannot be read" if lost else "variant not recorded"
+        print("\n".join(_lines(args.trace.name, found, unknown)))
     return 0
 
 
@@ -82,8 +80,8 @@ def lane_of(text: str) -> int:
     raise MoescopeError(f"--lane: expected a letter A to H, found {text[:20]!r}")
 
 
-def _lines(name: str, found: Balance) -> list[str]:
-    variant = ", ".join(found.variants) or "not recorded"
+def _lines(name: str, found: Balance, unknown: str) -> list[str]:
+    variant = ", ".join(found.variants) or unknown
     tokens = f"{found.tokens} tokens ({found.prefill} of prompts, {found.decode} decoded)"
     left = f", {found.padding} of padding left out" if found.padding else ""
     lane = LETTERS[found.lane] if found.lane < len(LETTERS) else str(found.lane)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moescope.commands import options, running
+from moescope.commands import options, reading, running
 from moescope.commands.balance import lane_of
 from moescope.errors import ExitCode, MoescopeError
 
@@ -51,32 +51,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from moescope.diagnosis import check as checking
-    from moescope.trace.formats import open_trace
 
     if args.junit is not None:
         _check_junit(args.junit)
     lane = None if args.lane is None else lane_of(args.lane)
-    golden = open_trace(args.against)
-    try:
-        with running.signals():
-            _, model, _ = running.load(args)
-            began = time.monotonic()
-            dtype = str(golden.meta.engine.get("dtype", "float32"))
-            tolerance = checking.with_overrides(
-                checking.tolerance_for(model.interpreter.dtype, dtype),
-                **{name: getattr(args, name) for _, name, _ in TOLERANCES},
-            )
-            result = checking.check(
-                model,
-                golden,
-                tolerance=tolerance,
-                variant=args.variant,
-                lane=lane,
-                decode=not args.prefill,
-            )
-            seconds = time.monotonic() - began
-    finally:
-        golden.close()
+    with reading.opened(args.against) as golden, running.signals():
+        _, model, _ = running.load(args)
+        began = time.monotonic()
+        dtype = str(golden.meta.engine.get("dtype", "float32"))
+        tolerance = checking.with_overrides(
+            checking.tolerance_for(model.interpreter.dtype, dtype),
+            **{name: getattr(args, name) for _, name, _ in TOLERANCES},
+        )
+        result = checking.check(
+            model,
+            golden,
+            tolerance=tolerance,
+            variant=args.variant,
+            lane=lane,
+            decode=not args.prefill,
+        )
+        seconds = time.monotonic() - began
     name = str(model.facts["name"])
     if args.junit is not None:
         _write_junit(args.junit, result, name, args.against.name, seconds)

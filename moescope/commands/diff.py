@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moescope.commands import compared, options
+from moescope.commands import compared, options, reading
 from moescope.commands.balance import lane_of
 from moescope.errors import ExitCode
 
@@ -37,20 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from moescope.diagnosis.diff import diff
-    from moescope.trace.formats import open_trace
 
     lanes = None if args.lanes is None else (lane_of(args.lanes[0]), lane_of(args.lanes[1]))
-    a = open_trace(args.a)
-    try:
-        b = open_trace(args.b)
-        try:
-            found = diff(a, b, lanes=lanes, tolerance=args.tolerance)
-        finally:
-            b.close()
-    finally:
-        a.close()
+    with reading.opened(args.a) as a, reading.opened(args.b) as b:
+        found = diff(a, b, lanes=lanes, tolerance=args.tolerance)
+        problems = {
+            key: list(trace.problems) for key, trace in (("a", a), ("b", b)) if trace.problems
+        }
     if args.json:
-        options.print_json({"a": args.a.name, "b": args.b.name, **found.to_json()})
+        notes = {"problems": problems} if problems else {}
+        options.print_json({"a": args.a.name, "b": args.b.name, **found.to_json(), **notes})
     else:
         print("\n".join(_lines(found, args.a.name, args.b.name)))
     return int(ExitCode.DONE if found.same else ExitCode.FOUND)

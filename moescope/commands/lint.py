@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moescope.commands import options
+from moescope.commands import options, reading
 from moescope.commands.convert import FORMATS
 from moescope.errors import ExitCode
 
@@ -25,14 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moescope.trace.formats import open_trace
     from moescope.trace.lint import ERROR, lint, to_json
 
-    trace = open_trace(args.trace, args.from_)
-    try:
+    with reading.opened(args.trace, args.from_) as trace:
         found = lint(trace)
-    finally:
-        trace.close()
     wrong = any(finding.severity == ERROR for finding in found)
     if args.json:
         options.print_json({"trace": args.trace.name, "ok": not wrong, "findings": to_json(found)})

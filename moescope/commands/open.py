@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moescope.commands import options
+from moescope.commands import options, reading
 from moescope.errors import MoescopeError
 
 SQLITE_MAGIC = b"SQLite format 3\0"
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
                 "--beside: expected a checkpoint in PATH, found a trace",
                 hint="moescope replay FILE --model MODEL names the router of a trace",
             )
+        reading.look_through(Path(args.model))
         return run_app(None, replay=Path(args.model))
     request = options.request_of(
         args,

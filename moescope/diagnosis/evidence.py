@@ -131,7 +131,8 @@ def _of_trace(path: Path, routers: Sequence[Router], lane: int, limit: int) -> E
 
     trace = open_trace(path)
     try:
-        return of_trace(trace, routers, lane=lane, limit=limit, path=path)
+        found = of_trace(trace, routers, lane=lane, limit=limit, path=path)
+        return replace(found, notes=(*trace.problems, *found.notes))
     finally:
         trace.close()
 
@@ -205,9 +206,10 @@ def _sequence(
     positions = [frame.position for frame in frames]
     if positions != list(range(len(frames))):
         gap = next(n for n, position in enumerate(positions) if position != n)
+        why = trace.problems[0] if trace.problems else "every token is needed"
         raise trace_error(
             path,
-            f"position {gap} of sequence {frames[0].sequence} is missing: every token is needed",
+            f"position {gap} of sequence {frames[0].sequence} is missing: {why}",
             "record the prompt's tokens too",
         )
     tokens = np.array([frame.token_id for frame in frames], np.int64)

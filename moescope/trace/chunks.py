@@ -102,6 +102,10 @@ class Chunks:
         column = self._load_column(chunk, name)
         return (None if column is None else column[at - chunk.first : end - chunk.first]), end
 
+    def verify(self) -> bool:
+        """Check every column of every chunk. Returns whether any frame can be read."""
+        return any([self._load(chunk) is not None for chunk in self._all])
+
     def check_columns(self, chunk: Chunk, columns: Columns) -> None:
         """Raise `ColumnError` for the first column that cannot be true."""
         shape = columns["shape"]

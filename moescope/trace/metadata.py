@@ -5,7 +5,7 @@ Formats use `to_json` and `from_json` alike; the store keeps `router_tensors` be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,11 @@ ABSENT = frozenset(name for name, *_ in ARRAYS) | {
 def trace_error(path: object, message: str, hint: str = "") -> MoescopeError:
     """The error for a bad trace: `<file>: <message>`."""
     return MoescopeError(f"{single_line(str(path))}: {message}", hint=hint, code=ExitCode.TRACE)
+
+
+def nothing_readable(path: object, problems: Sequence[str]) -> MoescopeError:
+    """The error for a trace of which damage left no frame."""
+    return trace_error(path, f"nothing in it can be read: {problems[0]}")
 
 
 def to_json(meta: TraceMeta) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from moescope.trace.metadata import (
     classes_by_router_count,
     event_from_json,
     from_json,
+    nothing_readable,
     trace_error,
     unpack_tensors,
 )
@@ -156,6 +157,17 @@ class TraceReader:
             parts.append((end - at, rows))
             at = end
         return lanes.joined(name, parts)
+
+    def verify(self) -> None:
+        """Read all of a trace once, so that `problems` names everything that is damaged and no
+        answer mixes one column of a damaged chunk with the absence of another. Raises
+        `MoescopeError` (TRACE) where no frame can be read."""
+        with self._guard:
+            readable = self._chunks.verify()
+            self._keys = self._keys[:0]
+        readable = readable or any(frame is not None for frame in self._tail)
+        if self.problems and not readable:
+            raise nothing_readable(self.path, self.problems)
 
     def events(self) -> list[TraceEvent]:
         """Everything that happened beside the tokens, in order."""

@@ -20,7 +20,7 @@ from moescope.trace.formats import csvform, jsonl, native, parquet
 from moescope.trace.formats.source import Source
 from moescope.trace.frames import Frame
 from moescope.trace.memory import MemoryTrace
-from moescope.trace.metadata import trace_error
+from moescope.trace.metadata import nothing_readable, trace_error
 from moescope.trace.store import TraceReader
 
 START_BYTES = 1 << 16  # enough of a file to see what it is
@@ -68,7 +68,7 @@ def convert(
     with written_whole(target) as temporary:
         rows = FORMATS[writing].write(temporary, replace(trace, frames=iter(counted)))
         if trace.notes and not counted.count:
-            raise trace_error(source, f"nothing in it can be read: {trace.notes[0]}")
+            raise nothing_readable(source, trace.notes)
     summary = {
         "from": reading,
         "to": writing,
@@ -83,11 +83,18 @@ def convert(
 
 def open_trace(path: str | Path, from_: str | None = None) -> TraceReader | MemoryTrace:
     """A trace of any format, to be asked questions: our own stays on the disk, others are held in
-    memory. Raises `MoescopeError` (TRACE) for whatever is wrong with the file."""
+    memory. All of it was read once: what is damaged is in `problems`, and left out of every answer.
+    Raises `MoescopeError` (TRACE) for whatever else is wrong, and where nothing can be read."""
     path = Path(path)
     name = from_ or detect(path)
     if name == "moetrace":
-        return TraceReader.open(path)
+        reader = TraceReader.open(path)
+        try:
+            reader.verify()
+        except BaseException:
+            reader.close()
+            raise
+        return reader
     source = FORMATS[name].read(path)
     trace = MemoryTrace(source.meta)
     events = list(reversed(source.events))
