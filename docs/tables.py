@@ -201,6 +201,13 @@ def diagnosis_misses() -> str:
     return table(*report.misses(report.committed()))
 
 
+def diagnosis_absent() -> str:
+    """The families without results, and why."""
+    from tests.diagnosis import report
+
+    return textwrap.fill(report.absent(report.committed()), 118) + "\n"
+
+
 FIRST_KEYS = (
     *("pause", "step", "back", "layer_up", "layer_down", "pick_left", "pick_right", "token_back"),
     *(
@@ -332,6 +339,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "diagnosis": diagnosis,
     "diagnosis_faults": diagnosis_faults,
     "diagnosis_misses": diagnosis_misses,
+    "diagnosis_absent": diagnosis_absent,
     "keys": all_keys,
     "first_keys": first_keys,
 }

@@ -16,7 +16,7 @@ from moescope.kernels import reference
 from moescope.kernels.reference import F64
 
 if TYPE_CHECKING:
-    from moescope.diagnosis.search import Predicted
+    from moescope.diagnosis.case import Predicted
 
 BASE = 0.25  # of the variance of every count
 FAR = 4.0  # standard deviations after which a count costs no more than its logarithm

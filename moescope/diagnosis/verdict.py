@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.diagnosis import counts, hypotheses, search
+from moescope.diagnosis.case import Candidate, Case, Data, Held, Predicted, errors
 from moescope.diagnosis.emulate import OURS
 from moescope.diagnosis.evidence import Evidence, Level
 from moescope.diagnosis.hypotheses import TRAINED, Hypothesis
 from moescope.diagnosis.likelihood import SMALLEST
-from moescope.diagnosis.search import Candidate, Case, Held, Predicted, Watch
+from moescope.diagnosis.search import Watch
 
 MARGIN = 8.0  # nats: e^8 to 1, of some sixty hypotheses
 ALIKE = 3 * MARGIN  # nats between two predictions that a trace may fail to tell apart
@@ -154,7 +155,7 @@ class _Judge:
         if seen is not None:
             shares = counts.overlap(counts.of(predicted, seen.shape[1]), seen)
             return float(shares[0]), float(shares.mean())
-        off = search.errors(self.case, predicted)
+        off = errors(self.case, predicted)
         good = np.where(np.isnan(off), np.nan, off <= self.tolerance)
         recorded = ~np.isnan(good)
         return _mean(good[:, 0][recorded[:, 0]]), _mean(good[recorded])
@@ -294,7 +295,7 @@ def _mean(values: NDArray[Any]) -> float:
     return float(values.mean()) if len(values) else 1.0
 
 
-def _sums(trained: Predicted, data: search.Data) -> tuple[float | None, float | None]:
+def _sums(trained: Predicted, data: Data) -> tuple[float | None, float | None]:
     """The mean score sums: what the trained router gives, and what was recorded."""
     ids, weights, sums = data
     recorded = (ids >= 0).any(2)

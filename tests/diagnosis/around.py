@@ -164,6 +164,8 @@ def _scale_shared(power: int | None) -> Around:
             last = _last_linear(_shared_of(model, block))
             for tensor in last.parameters():
                 tensor.data.mul_(by)
+            if power is None and hasattr(block, "shared_expert_combination_strategy"):
+                block.shared_expert_combination_strategy = "sum"  # no mean of one (Cohere)
 
     return change
 
@@ -202,7 +204,8 @@ def _reads_residual(model: Any, family: str) -> None:
 def _reads_embedding(model: Any, family: str) -> None:
     seen: list[Any] = []
     embed = model.get_input_embeddings()
-    embed.register_forward_hook(lambda m, i, out: seen.__setitem__(slice(None), [out]))
+    by = getattr(model.config, "embedding_multiplier", None) or 1.0
+    embed.register_forward_hook(lambda m, i, out: seen.__setitem__(slice(None), [out * by]))
     for router in routers_of(model, family):
         _read_instead(router, seen)
 
@@ -286,9 +289,10 @@ def _weight_on_output(both: bool) -> Around:
         for router, block in _pairs(model, family):
             inner, run, held = router.forward, block.experts.forward, []
 
-            def forward(x: Any, inner: Any = inner, held: list[Any] = held) -> Any:
+            def forward(x: Any, r: Any = router, inner: Any = inner, held: Any = held) -> Any:
                 scores, logits = inner(x)
                 held[:] = [scores]
+                r.decided = scores.topk(r.top_k, -1)
                 return (scores if both else (scores != 0).to(scores.dtype)), logits
 
             def experts(x: Any, run: Any = run, held: list[Any] = held) -> Any:

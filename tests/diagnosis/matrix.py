@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from moescope.diagnosis import hypotheses
+from moescope.diagnosis.case import Case, Held
 from moescope.diagnosis.decisions import differences
 from moescope.diagnosis.evidence import Evidence, Level, Observed
 from moescope.diagnosis.hypotheses import TRAINED
-from moescope.diagnosis.search import Case, Held
 from moescope.diagnosis.verdict import Diagnosis, diagnose
 from moescope.diagnosis.weighed import Steps
 from moescope.engine.load import load_model

@@ -12,6 +12,7 @@ from typing import Any
 RESULTS = Path(__file__).with_name("results")
 LEVELS = {"weights": "with weights", "order": "in rank order"}
 DTYPES = ("float32", "bfloat16")
+CLASSLESS = ("bailing_moe", "deepseek")  # their code came with the checkpoints
 WELL = ("named", "no trace", "correct")
 Table = tuple[Sequence[str], list[Sequence[str]]]
 Rows = list[dict[str, Any]]
@@ -98,3 +99,23 @@ def _said(made: dict[str, Any]) -> str:
     if made["outcome"] == "missed, not listed":
         return "routed correctly, without it among those that would look the same"
     return {"trained": "routed correctly", "none": "none of these"}[made["verdict"]]
+
+
+def absent(rows: Rows) -> str:
+    """A sentence of the families that have no results."""
+    from moescope.engine.families import SUPPORTED
+    from tests.diagnosis.described import DESCRIBE
+
+    run = {row["family"] for row in rows}
+    later = sorted(set(DESCRIBE) - run)
+    never = sorted(set(SUPPORTED) - set(DESCRIBE) - set(CLASSLESS))
+    sentences = [f"{_listed(CLASSLESS)} have no class in *transformers* to patch."]
+    if never:
+        sentences.append(f"Faults are not written yet for {_listed(never)}.")
+    if later:
+        sentences.append(f"Written, and not run yet: {_listed(later)}.")
+    return " ".join(sentences)
+
+
+def _listed(families: Sequence[str]) -> str:
+    return ", ".join(f"`{family}`" for family in families)

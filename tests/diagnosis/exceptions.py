@@ -1,0 +1,29 @@
+"""The misses among the committed results, by name, and why each is one.
+
+A test holds that these are missed and nothing else is; so what is repaired must leave the list.
+"""
+
+from __future__ import annotations
+
+Key = tuple[str, str, str, str]  # family, fault, dtype, level of evidence
+
+ROUNDED = (
+    "it rounds where the engine rounds as much: routing is called correct, and the fault is not "
+    "listed as one that would look the same, because small differences speak against it together"
+)
+SPARSE = (
+    "SparseMixer's threshold: rounding moves whole weights there, so that a fault of rounding is "
+    "seen in a few rows, or is named beside the right fault"
+)
+
+EXCEPTIONS: dict[Key, str] = {
+    ("deepseek_v2", "logits_bf16", "bfloat16", "weights"): ROUNDED,
+    ("ernie4_5_moe", "logits_bf16", "bfloat16", "weights"): ROUNDED,
+    ("gemma4_text", "scores_bf16", "bfloat16", "weights"): ROUNDED,
+    ("laguna", "scores_bf16", "bfloat16", "weights"): ROUNDED,
+    ("qwen3_moe", "scores_bf16", "bfloat16", "weights"): ROUNDED,
+    ("phimoe", "gate_rows_reversed", "bfloat16", "weights"): SPARSE,
+    ("phimoe", "logits_bf16", "bfloat16", "weights"): SPARSE,
+    ("phimoe", "router_quantised", "bfloat16", "order"): SPARSE,
+    ("phimoe", "scores_bf16", "bfloat16", "weights"): SPARSE,
+}
