@@ -24,6 +24,8 @@ LOGITS_BYTES = 48 << 20  # of router logits kept in memory
 class Source(Protocol):
     """What is asked of a trace: a reader of a file, or a trace in memory."""
 
+    problems: list[str]  # one sentence each: what could not be read
+
     @property
     def count(self) -> int: ...
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[Frame]: ...

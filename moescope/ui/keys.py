@@ -26,7 +26,7 @@ class Key:
     shown: str | None = None  # how the key is written
     priority: bool = False
     palette: bool = True
-    when: str = ""  # works only `live`, in a `replay`, or once there are `tokens`
+    when: str = ""  # `live`, in a `replay`, `always`; else once a model is there
 
 
 def when(state: str, *rows: Key) -> tuple[Key, ...]:
@@ -43,41 +43,36 @@ APP = (
 
 MAIN = (
     Key("pause", "space", "pause", "Pause", "Pause, or go on.", True, "space"),
-    *when(
-        "tokens",
-        Key("step", "full_stop", "step", "Step", "One token, then pause again.", True, "."),
-        Key("back", "comma", "back", "Back", "One token back in what is recorded.", shown=","),
-        Key("shown_next", "v", "shown(1)", "Variant", "Next variant on the same logits.", True),
-        Key("shown_previous", "V", "shown(-1)", "Previous variant", "On the same logits."),
-        Key("compare", "c", "compare", "Compare", "Two lanes side by side.", True),
-        Key("balance", "b", "balance", "Balance", "How evenly each layer uses its experts."),
-        Key("inspect", "enter", "inspect", "Inspect", "The token, layer by layer.", True, "⏎"),
-        Key("export", "e", "export", "Export", "Save the trace, in one of several formats.", True),
-        Key("layer_up", "up,k", "layer(-1)", "Layer up", "The router above.", shown="↑"),
-        Key("layer_down", "down,j", "layer(1)", "Layer down", "The router below.", shown="↓"),
-        Key("pick_left", "left,h", "pick(-1)", "Picked expert left", "Round the end."),
-        Key("pick_right", "right,l", "pick(1)", "Picked expert right", "Round the end."),
-        Key("expert_left", "shift+left", "expert(-1)", "Expert left", "The next in number."),
-        Key("expert_right", "shift+right", "expert(1)", "Expert right", "The next in number."),
-        Key("token_back", "left_square_bracket", "token(-1)", "Previous token", shown="["),
-        Key("token_on", "right_square_bracket", "token(1)", "Next token", shown="]"),
-        Key(
-            "change_back", "left_curly_bracket", "change(-1)", "Previous change", CHANGE, shown="{"
-        ),
-        Key("change_on", "right_curly_bracket", "change(1)", "Next change", CHANGE, shown="}"),
-        Key("first", "home", "edge(0)", "First token"),
-        Key("last", "end", "edge(-1)", "Newest token"),
-        Key("find", "slash", "find", "Find", "L17, E062, L17E062, @412 or text.", shown="/"),
-        Key("hit_next", "n", "hit(1)", "Next hit"),
-        Key("hit_previous", "N", "hit(-1)", "Previous hit"),
-        Key("go_to", "g", "go_to", "Go to token", "A position."),
-        Key("add_variant", "plus", "add_variant", "Add variant", "Any expression.", shown="+"),
-        Key("zoom_in", "z", "zoom(1)", "Zoom in", "Larger cells on the map."),
-        Key("zoom_out", "Z", "zoom(-1)", "Zoom out", "Smaller cells on the map."),
-        Key("tint", "t", "tint", "Tint", "Colour tokens by Σ, margin, entropy, p or novelty."),
-        Key("follow", "f", "follow", "Follow", "Stay at the newest token."),
-        Key("lane", "w", "lane", "Watch next lane", "This screen shows one lane at a time."),
-    ),
+    Key("step", "full_stop", "step", "Step", "One token, then pause again.", True, "."),
+    Key("back", "comma", "back", "Back", "One token back in what is recorded.", shown=","),
+    Key("shown_next", "v", "shown(1)", "Variant", "Next variant on the same logits.", True),
+    Key("shown_previous", "V", "shown(-1)", "Previous variant", "On the same logits."),
+    Key("compare", "c", "compare", "Compare", "Two lanes side by side.", True),
+    Key("balance", "b", "balance", "Balance", "How evenly each layer uses its experts."),
+    Key("inspect", "enter", "inspect", "Inspect", "The token, layer by layer.", True, "⏎"),
+    Key("export", "e", "export", "Export", "Save the trace, in one of several formats.", True),
+    Key("layer_up", "up,k", "layer(-1)", "Layer up", "The router above.", shown="↑"),
+    Key("layer_down", "down,j", "layer(1)", "Layer down", "The router below.", shown="↓"),
+    Key("pick_left", "left,h", "pick(-1)", "Picked expert left", "Round the end."),
+    Key("pick_right", "right,l", "pick(1)", "Picked expert right", "Round the end."),
+    Key("expert_left", "shift+left", "expert(-1)", "Expert left", "The next in number."),
+    Key("expert_right", "shift+right", "expert(1)", "Expert right", "The next in number."),
+    Key("token_back", "left_square_bracket", "token(-1)", "Previous token", shown="["),
+    Key("token_on", "right_square_bracket", "token(1)", "Next token", shown="]"),
+    Key("change_back", "left_curly_bracket", "change(-1)", "Previous change", CHANGE, shown="{"),
+    Key("change_on", "right_curly_bracket", "change(1)", "Next change", CHANGE, shown="}"),
+    Key("first", "home", "edge(0)", "First token"),
+    Key("last", "end", "edge(-1)", "Newest token"),
+    Key("find", "slash", "find", "Find", "L17, E062, L17E062, @412 or text.", shown="/"),
+    Key("hit_next", "n", "hit(1)", "Next hit"),
+    Key("hit_previous", "N", "hit(-1)", "Previous hit"),
+    Key("go_to", "g", "go_to", "Go to token", "A position."),
+    Key("add_variant", "plus", "add_variant", "Add variant", "Any expression.", shown="+"),
+    Key("zoom_in", "z", "zoom(1)", "Zoom in", "Larger cells on the map."),
+    Key("zoom_out", "Z", "zoom(-1)", "Zoom out", "Smaller cells on the map."),
+    Key("tint", "t", "tint", "Tint", "Colour tokens by Σ, margin, entropy, p or novelty."),
+    Key("follow", "f", "follow", "Follow", "Stay at the newest token."),
+    Key("lane", "w", "lane", "Watch next lane", "This screen shows one lane at a time."),
     *when(
         "live",
         Key("prompt", "i", "prompt", "Prompt", "Type a prompt; esc leaves it.", True),
@@ -104,7 +99,7 @@ MAIN = (
         Key("mark", "m", "mark", "Bookmark", "Mark this token, or unmark it."),
         Key("diagnose", "d", "diagnose", "Diagnose", "Name the router that made this trace."),
     ),
-    Key("open", "o", "open", "Open", "Another model, or a trace."),
+    Key("open", "o", "open", "Open", "Another model, or a trace.", when="always"),
     Key("slower", "less_than_sign", "speed(-1)", "Slower", "Tokens at a reading pace.", shown="<"),
     Key("faster", "greater_than_sign", "speed(1)", "Faster", "Up to full speed.", shown=">"),
     Key("jump", "ctrl+o", "jump", "Jump", "A letter on every panel: that one, full size."),
@@ -112,7 +107,9 @@ MAIN = (
         Key(f"panel_{n}", str(n), f"panel('{name}')", f"Panel: {name}", "Show it, or hide it.")
         for n, name in enumerate(("map", "layer", "sums", "token"), start=1)
     ),
-    Key("leave", "q,escape", "back_out", "Back", "Leave what is open.", palette=False),
+    Key(
+        "leave", "q,escape", "back_out", "Back", "Leave what is open.", palette=False, when="always"
+    ),
 )
 
 COMPARE = (

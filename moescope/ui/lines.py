@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from moescope.engine.protocol import Failed
@@ -51,10 +51,19 @@ def status(
         mode=mode,
         rate=f"{rate:.1f} tok/s" if rate > 0 else "",
         position=position(watch, lane, row),
-        memory=human(memory) if memory else "",
+        memory=f"memory {human(memory)}" if memory else "",
         cursor=address,
-        frames_per_second=f"{beats:.0f} Hz" if beats else "",
+        frames_per_second=f"screen {beats:.0f} Hz" if beats else "",
+        trouble=trouble(watch.problems),
     )
+
+
+def trouble(problems: Sequence[str]) -> str:
+    """What is wrong with a recording: the first problem, and how many there are."""
+    if not problems:
+        return ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"damaged: {printable(problems[0], 200)}{more}"
 
 
 def step_word(facts: Mapping[str, Any]) -> str:

@@ -143,9 +143,10 @@ class StatusData:
     mode: Literal["loading", "idle", "prefill", "running", "paused", "replay", "failed"]
     rate: str  # "31.4 tok/s", "-"
     position: str  # "412/2048"
-    memory: str  # "17.2 GB"
+    memory: str  # "memory 17.2 GB": of weights and cache
     cursor: str  # "L17 E062 @412"
     frames_per_second: str = ""
+    trouble: str = ""  # what is damaged in what is replayed
 
 
 @dataclass(frozen=True, slots=True)

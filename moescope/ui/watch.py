@@ -215,6 +215,12 @@ class Watch:
         self.turns.append(("assistant", "".join(lane.texts[start:])))
 
     @property
+    def problems(self) -> tuple[str, ...]:
+        """What is damaged in the recording, as far as it was read."""
+        source = self.history.source if self.history is not None else None
+        return tuple(source.problems) if source is not None and self.mode == "replay" else ()
+
+    @property
     def live(self) -> bool:
         return self.mode in ("prefill", "running")
 

@@ -442,6 +442,7 @@ async def test_a_title_that_changes_stands_as_if_it_had_always_been_there(width:
             fresh = Titled()
             await pilot.app.mount(fresh)
             fresh.show(name)
+            await wait_for(pilot, lambda fresh=fresh: fresh.outer_size.width == width)
             await pilot.pause()
             assert edge(fresh) == changed
             await fresh.remove()

@@ -12,12 +12,12 @@ from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.timer import Timer
-from textual.widgets import Footer
 
 from moescope.ui import balance_view, keys
 from moescope.ui.balance_view import BalanceData, BalanceRow, Tally
 from moescope.ui.ramp import BARS
 from moescope.ui.text import cells, cut, fit
+from moescope.ui.widgets.key_line import KeyLine
 from moescope.ui.widgets.panel import Panel, Row
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class BalanceScreen(ModalScreen[None]):
         with Vertical(id="drill"):
             yield MeasuresPanel(id="measures")
             yield LoadPanel(id="loads")
-        yield Footer()
+        yield KeyLine()
 
     def on_mount(self) -> None:
         self._timer = self.set_interval(1 / self.main.clock.rate, self.tick)

@@ -6,7 +6,7 @@ Each dismisses with its answer, or None where the user left. Foreign text is sho
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from textual import on
 from textual.app import ComposeResult
@@ -20,10 +20,17 @@ from textual.widgets.option_list import Option
 
 from moescope.safety import printable
 
+Answer = TypeVar("Answer")
 Check = Callable[[str], str]  # returns what is wrong, "" when it is right
 
 
-class AskScreen(ModalScreen[str | None]):
+class Question(ModalScreen[Answer]):
+    """A box over a screen; where there are few rows it gives up its frame."""
+
+    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-short"), (14, "-tall")]
+
+
+class AskScreen(Question[str | None]):
     """One line of text; `check` is asked on enter, and its answer stands below."""
 
     BINDINGS: ClassVar[list[BindingType]] = [("escape", "dismiss(None)", "Cancel")]
@@ -55,7 +62,7 @@ class AskScreen(ModalScreen[str | None]):
         self.query_one(".wrong", Static).update("")
 
 
-class ChoiceScreen(ModalScreen[str | None]):
+class ChoiceScreen(Question[str | None]):
     """One of a few options, by arrow and enter."""
 
     BINDINGS: ClassVar[list[BindingType]] = [("escape,q", "dismiss(None)", "Cancel")]
@@ -75,7 +82,7 @@ class ChoiceScreen(ModalScreen[str | None]):
         self.dismiss(event.option_id)
 
 
-class FormScreen(ModalScreen[dict[str, str] | None]):
+class FormScreen(Question[dict[str, str] | None]):
     """A few named lines of text, checked together."""
 
     BINDINGS: ClassVar[list[BindingType]] = [("escape", "dismiss(None)", "Cancel")]
@@ -110,7 +117,7 @@ class FormScreen(ModalScreen[dict[str, str] | None]):
             self.dismiss(values)
 
 
-class MessageScreen(ModalScreen[None]):
+class MessageScreen(Question[None]):
     """A text to read."""
 
     BINDINGS: ClassVar[list[BindingType]] = [("escape,q,enter", "dismiss(None)", "Close")]

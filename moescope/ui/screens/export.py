@@ -9,11 +9,11 @@ from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Vertical
-from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static
 
 from moescope.errors import MoescopeError
 from moescope.safety import printable
+from moescope.ui.screens.dialogs import Question
 from moescope.ui.watch import Watch
 
 SUFFIXES = {
@@ -46,7 +46,7 @@ def check(text: str) -> str:
     return ""
 
 
-class ExportScreen(ModalScreen[Path | None]):
+class ExportScreen(Question[Path | None]):
     """Asks for a path and writes it in a thread; dismisses with what was written."""
 
     BINDINGS: ClassVar[list[BindingType]] = [("escape", "dismiss(None)", "Cancel")]

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from textual import events, on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
+from textual.geometry import Size
 from textual.timer import Timer
 from textual.widget import Widget
-from textual.widgets import Footer, Input, Label, Static
+from textual.widgets import Input, Label, Static
 
 from moescope.engine import protocol as p
 from moescope.safety import printable
@@ -30,6 +31,7 @@ from moescope.ui.screens.main_keys import MainKeys
 from moescope.ui.tour import Tour
 from moescope.ui.watch import Watch
 from moescope.ui.widgets.expert_map import ExpertMap
+from moescope.ui.widgets.key_line import KeyLine
 from moescope.ui.widgets.layer_line import LayerLine
 from moescope.ui.widgets.layer_panel import LayerPanel
 from moescope.ui.widgets.loading_panel import LoadingPanel
@@ -91,10 +93,11 @@ class MainScreen(MainKeys):
             yield Label(">", id="sign")
             yield Input(placeholder=PLACEHOLDER, id="prompt", compact=True)
             yield Label("", id="chat", markup=False)
-        yield Footer()
+        yield KeyLine()
 
     def on_mount(self) -> None:
         self._layers, self._plots = list(self.query(LayerPanel)), list(self.query(ScorePlot))
+        self._fit(self.size)
         self.look_at(self.subject)
 
     # --- the clock
@@ -115,7 +118,7 @@ class MainScreen(MainKeys):
         now = self.now()
         if self.clock.beat(now) and self.is_current:
             self._start_clock()
-        was_ready, was_live = self.subject.table is not None, self.subject.live
+        was_ready, had_failed = self.subject.table is not None, self.subject.failed
         self.subject.pump()
         if self.subject.table is not None and not was_ready:
             self._ready()
@@ -124,7 +127,7 @@ class MainScreen(MainKeys):
         if prompt is not None:
             self.ask(prompt)
         self._say()
-        if was_live != self.subject.live or not was_ready:
+        if self.subject.failed is not had_failed:
             self.refresh_bindings()
 
     def _play(self, now: float) -> None:
@@ -181,10 +184,13 @@ class MainScreen(MainKeys):
         self.subject, self.look = watch, Looking(watch)
         self.pace, self.playing, self.tour = Pace(), False, None
         self._drawn, self._cells = {}, Cells()
+        if self.maximized is not None:
+            self.minimize()
         self._start_clock()
         watch.pump()
         if watch.table is not None:
             self._ready()
+        self.call_later(self.refresh_bindings)  # once this screen is mounted
         self.draw()
 
     def _ready(self) -> None:
@@ -206,9 +212,10 @@ class MainScreen(MainKeys):
         self.set_class(replay, "-replay")
         self.refresh_bindings()
 
-    def on_key(self) -> None:
+    def on_key(self, event: events.Key) -> None:
         """Somebody is there: the demo no longer goes on by itself."""
         self.tour = None
+        self.why_not(event.key)
 
     def on_mouse_down(self) -> None:
         self.tour = None
@@ -229,7 +236,11 @@ class MainScreen(MainKeys):
     # --- drawing
 
     def on_resize(self, event: events.Resize) -> None:
-        width, height = event.size.width, event.size.height
+        if self._layers:  # else nothing is composed yet, and mounting fits
+            self._fit(event.size)
+
+    def _fit(self, size: Size) -> None:
+        width, height = size
         too_small = width < arrange.NEEDS[0] or height < arrange.NEEDS[1]
         self.set_class(too_small, "-too-small")
         if too_small:
@@ -261,7 +272,7 @@ class MainScreen(MainKeys):
         sizes += [(panel, place.layer_height) for panel in self.query(LayerPanel)]
         for panel, height in sizes:
             panel.styles.height = "1fr" if panel is self.maximized else height
-        footer = self.query_one(Footer)
+        footer = self.query_one(KeyLine)
         footer.compact = place.kind == "column"
         footer.show_command_palette = not footer.compact
 
@@ -347,6 +358,8 @@ class MainScreen(MainKeys):
         note = "follow" if follow else ""
         if lane is not None and row >= 0 and not follow:
             note = f"token {int(lane.position[row])}"
+        elif not count and self.subject.problems:
+            note = "no token could be read"
         elif self.subject.mode == "idle" and self.look.lane_number in self.subject.finished:
             note = lines.ended(self.subject.finished[self.look.lane_number])
         self.query_one(Transcript).show(

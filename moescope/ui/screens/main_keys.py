@@ -1,7 +1,7 @@
 """What every key of the main screen does, one action each. Keys are bound to them in `keys.py`.
 
-An action that means nothing now (a replay has nothing to stop) is refused by `check_action`, so the
-footer and the palette leave it out.
+An action that means nothing now (a replay has nothing to stop, a model that loads nothing to show)
+is refused by `check_action`, so the footer and the palette leave it out; `refusal` says why.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 ZOOMS = ("braille", "half", "cell")
 PANELS = {"map": "#map", "layer": "#layer", "sums": "#sums", "token": "#token"}
 WHEN = {key.action.split("(")[0]: key.when for key in keys.MAIN}
+PANEL_KEYS = ("panel", "jump", "zoom", "prompt")  # of what a failure covers
 
 SETTLE = 0.1  # seconds until a panel that was closed has left the layout
 
@@ -54,13 +55,32 @@ class MainKeys(Screen[None]):
         raise NotImplementedError
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        when, replay = WHEN.get(action, ""), self.subject.mode == "replay"
-        if (when == "live" and replay) or (when == "replay" and not replay):
+        when = WHEN.get(action, "always")
+        if when == "always":
+            return True
+        if not self.is_mounted or self.subject.table is None:
             return False
-        if when == "tokens" and self.subject.table is None:
-            return None
-        only_way = action == "twin" and not self.subject.facts.get("router_twin")
-        return not only_way
+        if self.subject.failed is not None and (when == "live" or action in PANEL_KEYS):
+            return False
+        return not self.refusal(action)
+
+    def refusal(self, action: str) -> str:
+        """Why an action means nothing with what is open; "" where it does."""
+        when, replay = WHEN.get(action, "always"), self.subject.mode == "replay"
+        if when == "live" and replay:
+            return "this is a recording: that needs a model, which o opens"
+        if when == "replay" and not replay:
+            return "that is for a recording, which o opens"
+        if action == "twin" and not self.subject.facts.get("router_twin"):
+            return "no kernel routes here, so there is no slow twin to set beside it"
+        return ""
+
+    def why_not(self, key: str) -> None:
+        """Tell what a key does not do here; nothing while there is nothing to do it with."""
+        held = self._bindings.key_to_bindings.get(key, ())
+        said = [self.refusal(binding.action.split("(")[0]) for binding in held]
+        if self.is_mounted and self.subject.table is not None and any(said):
+            self.say(next(filter(None, said)))
 
     @property
     def table(self) -> Any:
@@ -290,14 +310,18 @@ class MainKeys(Screen[None]):
         self.draw()
 
     def action_panel(self, name: str) -> None:
-        """Hide or show a panel; one that has no place at this size opens on the whole screen."""
+        """Hide or show a panel; one that has no place at this size opens on the whole screen, and
+        so does any while another one is on it."""
         panel = self.query_one(PANELS[name])
-        if self.maximized is not None:
+        if self.maximized is panel:
             self.minimize()
-        elif name != "map" and (self.has_class("-column") or self.has_class(f"-out-{name}")):
+        elif self.maximized is not None or self._has_no_place(name):
             self._whole(panel)
         else:
             self.toggle_class(f"-no-{name}")
+
+    def _has_no_place(self, name: str) -> bool:
+        return name != "map" and (self.has_class("-column") or self.has_class(f"-out-{name}"))
 
     def action_jump(self) -> None:
         from moescope.ui.screens.dialogs import JumpScreen

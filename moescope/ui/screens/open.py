@@ -10,10 +10,10 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Vertical
-from textual.screen import ModalScreen
 from textual.widgets import DirectoryTree, Input, Label, Static
 
 from moescope.safety import printable
+from moescope.ui.screens.dialogs import Question
 
 
 def openable(path: Path) -> bool:
@@ -37,7 +37,7 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-class OpenScreen(ModalScreen[Path | None]):
+class OpenScreen(Question[Path | None]):
     """Dismisses with the path chosen."""
 
     BINDINGS: ClassVar[list[BindingType]] = [("escape", "dismiss(None)", "Cancel")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moescope.ui.panels import StatusData
+from moescope.ui.ramp import WRONG
 from moescope.ui.text import cells, cut
 from moescope.ui.widgets.panel import Panel, Row
 
@@ -30,6 +31,7 @@ class StatusLine(Panel[StatusData]):
 
     def draw(self, data: StatusData, width: int, height: int) -> Sequence[Row]:
         glyph, word, pen = MODES[data.mode]
+        trouble = cut(f"  {WRONG} {data.trouble}", width * 3 // 5) if data.trouble else ""
         parts = {name: getattr(data, name) for name in (*LEFT, *RIGHT)}
         parts["word"] = word
         for name in ("", *EXPENDABLE):
@@ -37,10 +39,10 @@ class StatusLine(Panel[StatusData]):
             left = "  ".join(parts[key] for key in LEFT if parts[key])
             right = "  ".join(parts[key] for key in RIGHT if parts[key])
             mode = f"{glyph} {parts['word']}".strip()
-            room = width - cells(mode) - cells(right) - 5
+            room = width - cells(mode) - cells(trouble) - cells(right) - 5
             if cells(left) <= room:
                 break
-        left = cut(left, room)
+        left = cut(left, max(0, room))
         rest = left[len(data.name) :] if left.startswith(data.name) else ""
         gap = " " * (room - cells(left) + 1)
         return (
@@ -49,6 +51,7 @@ class StatusLine(Panel[StatusData]):
                 (rest, "soft"),
                 (gap, "text"),
                 (mode, pen),
+                (trouble, "wrong"),
                 (f"  {right} ", "text"),
             ),
         )
