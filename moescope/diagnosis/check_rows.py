@@ -91,7 +91,7 @@ def relative_margin(
 
     Without scores a margin of scores stays as it is, which excuses more. NaN stays NaN.
     """
-    by_logit = np.array([spec.policy.score_order == "topk_then_score" for spec in specs])
+    by_logit = np.array([spec.margin_unit == "logit" for spec in specs])
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         of_logits = -np.expm1(-margin.astype(np.float64))
         cut = np.ones(margin.shape)

@@ -169,6 +169,12 @@ class RouterSpec:
         p = self.policy
         return p.routed_scaling_factor**p.scale_power if p.scale_site == "routed_output" else 1.0
 
+    @property
+    def margin_unit(self) -> str:
+        """What margins are of: `score` or `logit`, whichever the experts are chosen by."""
+        by_score = self.policy.score_order == "score_then_topk"
+        return "score" if by_score and self.policy.scoring_func != "sparsemixer" else "logit"
+
     def with_policy(self, **edits: Any) -> RouterSpec:
         return replace(self, policy=replace(self.policy, **edits))
 

@@ -6,6 +6,7 @@ Letters: L routers, E expert classes (null experts included), K picked.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -151,6 +152,27 @@ def equal(left: tuple[RouterSpec, ...], right: tuple[RouterSpec, ...]) -> bool:
     return all(a is b or _equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+def equal_lanes(table: RouterTable, left: str, right: str) -> bool:
+    """Whether two lane expressions always give the same experts and weights: the routers agree, and
+    so does what is steered and rewired beside them. Raises MoescopeError where one does not apply.
+    """
+    if _beside_specs(table, left) != _beside_specs(table, right):
+        return False
+    return equal(specs_under(table, left), specs_under(table, right))
+
+
+def _beside_specs(table: RouterTable, expression: str) -> tuple[tuple[object, ...], ...]:
+    """What no spec says: steering and edits of the decoder, router by router."""
+    from moescope.variants import parse
+    from moescope.variants.steering import of_routers, split
+
+    variant, steered = split(expression)
+    specs = specs_under(table, expression)
+    steering = of_routers(steered, list(zip(table.layers, specs, strict=True)))
+    rewired = (parse(variant).decoder_at(layer) for layer in table.layers)
+    return tuple(zip(steering, rewired, strict=True))
+
+
 @lru_cache(maxsize=4096)
 def _equal(a: RouterSpec, b: RouterSpec) -> bool:
     return a.equal(b)
@@ -281,7 +303,18 @@ def margins_in_scores(table: RouterTable, expression: str) -> NDArray[np.bool_]:
         specs = specs_under(table, expression)
     except MoescopeError:  # a variant this version does not know
         specs = table.specs
-    return np.array([spec.policy.score_order == "score_then_topk" for spec in specs])
+    return np.array([spec.margin_unit == "score" for spec in specs])
+
+
+def margin_unit(table: RouterTable, expression: str, router: int) -> str:
+    """`score` or `logit`: what a router's margin is of under a lane expression."""
+    return "score" if margins_in_scores(table, expression)[router] else "logit"
+
+
+def one_unit(units: Iterable[str]) -> str:
+    """The unit that all margins share; "" where they do not."""
+    kinds = set(units)
+    return kinds.pop() if len(kinds) == 1 else ""
 
 
 def _lowest(ids: NDArray[np.int16], values: NDArray[np.float32] | None) -> NDArray[np.float32]:

@@ -265,7 +265,8 @@ def variant_bar(
     items = []
     specs = [routers.specs_under(table, expression) for expression in expressions]
     for index, expression in enumerate(expressions):
-        twin = next((i for i in range(index) if routers.equal(specs[i], specs[index])), None)
+        before = (i for i in range(index) if routers.equal_lanes(table, expressions[i], expression))
+        twin = next(before, None)
         items.append(
             VariantItem(
                 letter=LETTERS[index],

@@ -162,6 +162,26 @@ def test_the_bar_offers_what_changes_something_and_one_twin():
     assert [item.shown for item in bar.items].count(True) == 1
 
 
+@pytest.mark.parametrize(
+    ("expression", "equal"),
+    [
+        ("trained with forbid=L1:9", False),
+        ("trained with forbid=L1:9,scale=2*1", False),
+        ("softmax_over_selected", True),
+        ("softmax_over_selected with min_p=0.2", False),
+        ("experts_reversed", False),
+    ],
+)
+def test_equal_lanes_agree_in_what_is_steered_and_rewired_too(expression, equal):
+    table = routers.table_of(meta_of(norm_topk_prob=True))
+    bar = view.variant_bar(table, ("trained", expression, expression), frozenset(), None)
+    assert [item.equal_to for item in bar.items] == [
+        "",
+        "A" if equal else "",
+        "A" if equal else "B",
+    ]
+
+
 def test_token_panel_tells_what_else_could_have_come():
     table, history, lane = history_of()
     data = view.token_data(table, lane, 10, history.pieces)
