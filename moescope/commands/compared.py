@@ -93,7 +93,7 @@ def _rows(found: Comparison) -> list[tuple[str, str]]:
         rows.append(("flips, on the same tokens", f"{found.flips} of {decisions}"))
         if set(found.causes) != {""}:
             rows.append(("   because of", _causes(found.causes)))
-        rows.append(("   by margin of A, share that flips", _margins(found)))
+        rows.append((f"   by margin of A{_unit(found.margin_units_a)}", _margins(found)))
     if found.kl_tokens:
         rows.append(("KL of the next token, mean", f"{_small(found.kl_mean)} nats"))
         rows.append(("same most likely next token", _share(found.top1_agrees)))
@@ -105,9 +105,10 @@ def _first(first: Divergence | None) -> str:
         return "never, on the same tokens"
     from moescope.diagnosis.causes import TITLES
 
-    margins = f"margins {_number(first.margin_a)} and {_number(first.margin_b)}"
+    a, b = (first.margin_a, first.margin_unit_a), (first.margin_b, first.margin_unit_b)
+    margins = " and ".join(f"{_number(margin)} {unit}".rstrip() for margin, unit in (a, b))
     why = f" by {TITLES[first.cause]}," if first.cause else ","
-    return f"@{first.position} L{first.layer}{why} {margins}"
+    return f"@{first.position} L{first.layer}{why} margins {margins}"
 
 
 def _agreement(title: str, part: Agreement) -> list[tuple[str, str]]:
@@ -132,13 +133,19 @@ def _causes(causes: Mapping[str, int]) -> str:
 
 
 def _margins(found: Comparison) -> str:
-    """`<0.001 41 %  <0.01 12 %  …`, bins with decisions only."""
+    """`<0.001: 41% flip  <0.01: 12% flip  …`, bins with decisions only."""
     shown = []
     for bin_ in found.margins:
         if bin_.decisions:
             name = "more" if bin_.below is None else f"<{bin_.below:g}"
-            shown.append(f"{name} {bin_.flips / bin_.decisions:.0%}")
+            shown.append(f"{name}: {bin_.flips / bin_.decisions:.0%} flip")
     return "  ".join(shown) or "-"
+
+
+def _unit(units: Sequence[str]) -> str:
+    """` (score)`; both where a variant has both."""
+    kinds = dict.fromkeys(units)
+    return f" ({' or '.join(kinds)})" if kinds else ""
 
 
 def _layers(found: Comparison) -> list[str]:

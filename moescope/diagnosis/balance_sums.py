@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moescope.diagnosis import balance
 from moescope.kernels.spec import RouterSpec
 from moescope.trace import measures
-from moescope.trace.frames import DECODE, PREFILL, RouterInfo, TraceEvent, TraceMeta
+from moescope.trace.frames import DECODE, PREFILL, Frame, RouterInfo, TraceEvent, TraceMeta
 
 BLOCK = 256  # frames read at once
 PAIR_BYTES = 512 << 20  # of pair counts; beyond that none are counted
@@ -36,6 +36,7 @@ class Trace(Protocol):
     def column(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]: ...
     def lane_frames(self, lane: int, sequence: int | None = None) -> NDArray[np.int64]: ...
     def placed_events(self) -> list[tuple[TraceEvent, int]]: ...
+    def frame(self, index: int) -> Frame: ...
 
 
 @dataclass(slots=True, eq=False)

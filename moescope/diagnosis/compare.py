@@ -27,6 +27,9 @@ MARGINS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, math.inf)  # upper ends o
 # For two frames and some routers, why each of them chose otherwise: one of `causes.CAUSES`.
 Judge = Callable[[Frame, Frame, Sequence[int]], Sequence[str]]
 
+# For a lane expression, what the margins of each router are of: "score" or "logit".
+Units = Callable[[str], Sequence[str]]
+
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
@@ -40,11 +43,13 @@ class Divergence:
     experts_a: tuple[int, ...]
     experts_b: tuple[int, ...]
     cause: str = ""  # gate, input, either, together; "" where nothing tells
+    margin_unit_a: str = ""  # "score" or "logit"; "" where nothing tells
+    margin_unit_b: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class MarginBin:
-    """Decisions of lane A by margin (in the units it selects in): how many flipped in lane B."""
+    """Decisions of lane A by margin (in its `margin_units_a`): how many flipped in lane B."""
 
     below: float | None  # None: the last, without an upper end
     decisions: int
@@ -91,6 +96,8 @@ class Comparison:
     flips_by_router: tuple[dict[str, int], ...]  # cause -> flips
     first_flips: tuple[Divergence, ...]  # at most LISTED, in the order of positions
     margins: tuple[MarginBin, ...]
+    margin_units_a: tuple[str, ...]  # of each router, "score" or "logit"; empty: nothing tells
+    margin_units_b: tuple[str, ...]
     same_ids: Agreements  # while both were fed the same ids
     compounded: Agreements  # after that
     kl_tokens: int
@@ -114,9 +121,10 @@ class Pairing:
         layers: Sequence[int],
         judge: Judge | None = None,
         keep_rows: bool = False,
+        units: tuple[Units, Units] | None = None,
     ) -> None:
         self.lanes = (lane_a, lane_b)
-        self.judge = judge
+        self.judge, self.units = judge, units
         self.rows: list[dict[str, Any]] | None = [] if keep_rows else None
         self.layers = tuple(layers)
         self.variants = ["", ""]
@@ -191,6 +199,8 @@ class Pairing:
                 MarginBin(below if math.isfinite(below) else None, int(all_), int(flipped))
                 for below, all_, flipped in zip(MARGINS, *self._bins, strict=True)
             ),
+            margin_units_a=self._units(0),
+            margin_units_b=self._units(1),
             same_ids=same,
             compounded=compounded,
             kl_tokens=len(self._kl),
@@ -198,6 +208,13 @@ class Pairing:
             kl_max=max(self._kl, default=None),
             top1_agrees=self._top1[0] / self._top1[1] if self._top1[1] else None,
         )
+
+    def _units(self, side: int) -> tuple[str, ...]:
+        return () if self.units is None else tuple(self.units[side](self.variants[side]))
+
+    def _unit(self, side: int, router: int) -> str:
+        units = self._units(side)
+        return units[router] if units else ""
 
     def _find_flips(
         self,
@@ -236,6 +253,8 @@ class Pairing:
             experts_a=tuple(int(e) for e in a.expert_ids[t, router] if e >= 0),
             experts_b=tuple(int(e) for e in b.expert_ids[t, router] if e >= 0),
             cause=cause,
+            margin_unit_a=self._unit(0, router),
+            margin_unit_b=self._unit(1, router),
         )
 
 
@@ -271,6 +290,7 @@ def compare_lanes(
     lanes: Mapping[int, Iterable[Frame]],
     routers: Sequence[RouterInfo] | Sequence[int],
     judge: Judge | None = None,
+    units: Units | None = None,
 ) -> tuple[Comparison, ...]:
     """Every lane but the first against the first. `lanes` are frames of one sequence by lane;
     `routers` say which layer each router is in (or are those layers)."""
@@ -279,7 +299,8 @@ def compare_lanes(
     if not held:
         return ()
     first, *others = held
-    pairings = [Pairing(first, other, layers, judge) for other in others]
+    both = None if units is None else (units, units)
+    pairings = [Pairing(first, other, layers, judge, units=both) for other in others]
     for pairing in pairings:
         for frame in (*held[first], *held[pairing.lanes[1]]):
             pairing.feed(frame)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from moescope.diagnosis.causes import FlipsJudge, LogitsJudge
-from moescope.diagnosis.compare import Comparison, Judge, Pairing, plain
+from moescope.diagnosis.compare import Comparison, Judge, Pairing, Units, plain
 from moescope.diagnosis.gate_rows import GateBlame, GateRows
 from moescope.engine.lane import policies_of, specs_of
 from moescope.engine.protocol import Generate
@@ -83,7 +83,7 @@ def run_compare(
     judges = [_judge(model, session, (first, other), blame) for other in others]
     session.crosses = any(crosses for _, crosses in judges)
     pairings = [
-        Pairing(first, other, layers, judge, keep_rows)
+        Pairing(first, other, layers, judge, keep_rows, _units(model, session, (first, other)))
         for other, (judge, _) in zip(others, judges, strict=True)
     ]
     crossed = False
@@ -132,6 +132,21 @@ def _specs_of(interpreter: Any) -> Callable[[str], tuple[RouterSpec, ...]]:
         return specs_of(interpreter.routers, policies, interpreter.dtype)
 
     return specs
+
+
+def units_under(specs_of: Callable[[str], tuple[RouterSpec, ...]]) -> Units:
+    """What the margins of each router are of under a lane expression."""
+
+    @lru_cache(maxsize=64)
+    def units(expression: str) -> tuple[str, ...]:
+        return tuple(spec.margin_unit for spec in specs_of(expression))
+
+    return units
+
+
+def _units(model: Any, session: Any, pair: tuple[int, int]) -> tuple[Units, Units]:
+    a, b = (_specs_of(_interpreter(model, session.lanes[lane].model)) for lane in pair)
+    return units_under(a), units_under(b)
 
 
 def _interpreter(model: Any, which: int) -> Any:

@@ -18,9 +18,12 @@ from moescope.diagnosis.balance_sums import Trace
 from moescope.diagnosis.compare import Comparison, Pairing, plain
 from moescope.diagnosis.rows import Rows
 from moescope.errors import ExitCode, MoescopeError
+from moescope.kernels.spec import RouterSpec
 from moescope.trace.frames import RouterInfo, TraceMeta
 from moescope.trace.measures import recorded_weights
 from moescope.trace.metadata import router_groups
+from moescope.variants import apply
+from moescope.variants.steering import split
 
 BLOCK = 512  # tokens compared at once
 Place = tuple[int, str]  # layer, site
@@ -160,7 +163,10 @@ def _lane(
         at[np.searchsorted(position, common)]
         for at, position in zip(frames, positions, strict=True)
     ]
-    pairing = Pairing(*lanes, layers)
+    sides = zip((a, b), rows, columns, strict=True)
+    (variant_a, units_a), (variant_b, units_b) = (_conditioned(*side) for side in sides)
+    pairing = Pairing(*lanes, layers, units=(lambda _: units_a, lambda _: units_b))
+    pairing.variants = [variant_a, variant_b]
     unordered, apart = 0, float("nan")
     for start in range(0, len(common), BLOCK):
         some = slice(start, start + BLOCK)
@@ -187,6 +193,27 @@ def _lane(
         and unordered == 0
         and not apart > tolerance,
     )
+
+
+def _conditioned(
+    trace: Trace, indices: NDArray[np.int64], places: Sequence[int]
+) -> tuple[str, tuple[str, ...]]:
+    """The variant these frames were made under, and what the margins of each router are of then;
+    empty where they are not all of one, or the trace does not say."""
+    ends = {trace.frame(int(at)).variant for at in indices[[0, -1][: len(indices)]]}
+    if len(ends) != 1:
+        return "", ()
+    variant, routers = ends.pop(), [trace.meta.routers[at] for at in places]
+    if not all(router.spec for router in routers):
+        return variant, ()
+    try:
+        specs = [
+            apply(split(variant)[0], RouterSpec.from_json(router.spec), router.layer)
+            for router in routers
+        ]
+    except (ValueError, MoescopeError):  # of another version
+        return variant, ()
+    return variant, tuple(spec.margin_unit for spec in specs)
 
 
 def _rows(trace: Trace, indices: NDArray[np.int64], places: Sequence[int]) -> Rows:

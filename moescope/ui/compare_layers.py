@@ -30,6 +30,7 @@ class LayerPair:
     of: int  # chosen by it; 0: no decision
     why: str  # cause of the difference: gate, input, either, together; "": none, or not known
     margin: float | None  # of the left lane
+    margin_unit: str  # "score" or "logit"
     near_tie: bool
     sums: tuple[float | None, float | None]
     wrong: tuple[bool, bool]  # sums that the trained router does not allow
@@ -99,6 +100,7 @@ def layers_data(
                 of=len(mine),
                 why=whys.get(router, ""),
                 margin=_known(made[0].margin[router]),
+                margin_unit="score" if made[0].in_scores[router] else "logit",
                 near_tie=bool(close[router]),
                 sums=(sums[0], sums[1]),
                 wrong=(bool(wrong[0][router]), bool(wrong[1][router])),

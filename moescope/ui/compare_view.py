@@ -6,6 +6,8 @@ and the bar of lanes are in `compare_layers.py`. Letters: T tokens, L routers, E
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,7 +17,7 @@ from moescope.diagnosis.rows import Rows, decisions
 from moescope.ui import view
 from moescope.ui.history import Lane
 from moescope.ui.panels import AgreementData, AgreementRow, MapData, PlotData
-from moescope.ui.routers import RouterTable, as_generated, sums_wrong
+from moescope.ui.routers import TRAINED, RouterTable, as_generated, margin_unit, sums_wrong
 from moescope.ui.text import gap
 
 MODES = ("xor", "left", "right")
@@ -60,8 +62,21 @@ class Pair:
     @property
     def comparison(self) -> Comparison:
         if self._found is None or self._found[0] != self.rows:
-            self._found = self.rows, self._pairing.result()
+            self._found = self.rows, self._with_units(self._pairing.result())
         return self._found[1]
+
+    def _with_units(self, found: Comparison) -> Comparison:
+        """The first divergence with what its margins are of: lanes may change their variant."""
+        first = found.first_divergence
+        if first is None:
+            return found
+        units = []
+        for table, lane in zip(self.tables, (self.a, self.b), strict=True):
+            row = lane.row_of(first.position)
+            variant = TRAINED if row is None else lane.variants[row]
+            units.append(margin_unit(table, variant, first.router))
+        named = replace(first, margin_unit_a=units[0], margin_unit_b=units[1])
+        return replace(found, first_divergence=named)
 
     @property
     def fed_alike(self) -> bool:
@@ -176,9 +191,14 @@ def verdict(found: Comparison, why: str = "") -> str:
 
 
 def place_of(first: Divergence, why: str = "") -> str:
-    """`token 0, L02 (drifted input, Δ 0.002)`."""
+    """`token 0, L02 (drifted input, Δ 0.002 score)`."""
     cause = f"{CAUSES[why]}, " if why else ""
-    return f"token {first.position}, L{first.layer:02d} ({cause}Δ {gap(first.margin_a)})"
+    return f"token {first.position}, L{first.layer:02d} ({cause}{margin_of(first)})"
+
+
+def margin_of(first: Divergence) -> str:
+    """How close the left lane's decision was: `Δ 0.002 score`."""
+    return f"Δ {gap(first.margin_a)} {first.margin_unit_a}".rstrip()
 
 
 def divergence(pair: Pair, row: int) -> PlotData:

@@ -29,6 +29,7 @@ class LayerRow:
     sum_wrong: bool
     entropy: float | None
     margin: float | None
+    margin_unit: str  # "score" or "logit"
     runner_up: int  # -1: none
     near_tie: bool
     kept: int | None  # picks that the token before had too
@@ -73,6 +74,7 @@ def layer_rows(table: RouterTable, lane: Lane, row: int, decision: Decision) -> 
                 sum_wrong=bool(wrong[router]),
                 entropy=_known(decision.entropy[router]),
                 margin=_known(decision.margin[router]),
+                margin_unit="score" if decision.in_scores[router] else "logit",
                 near_tie=bool(close[router]),
                 runner_up=int(decision.runner_up[router]),
                 kept=kept,
@@ -113,6 +115,7 @@ def as_json(
                 "score_sum": found.score_sum,
                 "entropy": found.entropy,
                 "margin": found.margin,
+                "margin_unit": found.margin_unit,
                 "runner_up": found.runner_up,
             }
         )

@@ -18,7 +18,7 @@ from moescope.diagnosis.compare import (
     compare_lanes,
     first_divergence,
 )
-from moescope.diagnosis.compare_run import run_compare, specs_under
+from moescope.diagnosis.compare_run import run_compare, specs_under, units_under
 from moescope.diagnosis.rows import decisions, of_frame
 from moescope.engine.protocol import Generate, Sampling
 from moescope.errors import ExitCode, MoescopeError
@@ -175,7 +175,11 @@ def test_free_lanes_of_a_run() -> None:
     assert changed.kl_tokens == parted
     by_lane = {n: [f for f in seen if f.lane == n] for n in range(3)}
     judge = LogitsJudge(specs_under(fake()), [{}] * 3)
-    assert compare_lanes(by_lane, [0, 1, 2], judge) == run.comparisons
+    units = units_under(specs_under(fake()))
+    assert compare_lanes(by_lane, [0, 1, 2], judge, units) == run.comparisons
+    first = changed.first_divergence
+    assert (first.margin_unit_a, first.margin_unit_b) == ("score", "logit")
+    assert set(changed.margin_units_a) == {"score"} and set(changed.margin_units_b) == {"logit"}
     json.dumps(run.to_json(), allow_nan=False)
 
 

@@ -198,7 +198,7 @@ async def test_the_layer_panel_names_the_one_not_chosen_and_both_sums() -> None:
     assert "E062   0.156   0.214" in rows[1]
     assert " ─" in rows[3] and "0.131" in rows[3]  # a score that was not recorded
     assert rows[4].split()[:3] == ["4", "E118", "0.058"] and "near tie" in rows[4]
-    assert "Δ 0.001 to #3" in rows[4]
+    assert "Δ 0.001 score to #3" in rows[4]
     assert "Σ 0.731" in text and "mass 0.731" in text and "entropy 2.71 nats" in text
     assert "p10 0.58 p90 0.84" in text and "load CV 0.41" in text and "dead 3" in text
     assert "as generated" in text and "below 1 by the spec" in text and "!" not in text
@@ -218,6 +218,14 @@ async def test_a_layer_panel_too_low_says_how_many_it_leaves_out() -> None:
     assert any("more" in row for row in rows)
     assert len(rows) == 14 and "as generated" in rows[-1]
     assert any("E118" in row for row in listed)
+
+
+async def test_the_layer_line_shows_what_its_sum_is_of() -> None:
+    (line,) = await shown(LayerLine, LAYER, (80, 1))
+    assert "E062 .21 E096 .16 E004 .13" in line and "Δ 0.001 score" in line
+    unweighed = replace(LAYER, rows=tuple(replace(row, weight=None) for row in LAYER.rows))
+    (line,) = await shown(LayerLine, unweighed, (80, 1))
+    assert "scores E062 .16 E096 .12" in line
 
 
 async def test_the_layer_line_keeps_the_sum_when_it_drops_experts() -> None:

@@ -22,7 +22,6 @@ from moescope.ui.history import Lane
 from moescope.ui.panels import TranscriptData
 from moescope.ui.routers import TRAINED, RouterTable
 from moescope.ui.screens.compare_keys import CompareKeys
-from moescope.ui.text import gap
 from moescope.ui.widgets.agreement_panel import AgreementPanel
 from moescope.ui.widgets.compare_panels import GatePanel, LanesBar, LayersPanel
 from moescope.ui.widgets.expert_map import ExpertMap
@@ -240,7 +239,9 @@ class CompareScreen(CompareKeys):
         if found is not None:
             at = pair.a.row_of(found.position)
             why = self._causes(pair, at).get(found.router, "") if settled and at is not None else ""
-            note = f"first ≠ @{found.position} L{found.layer:02d} Δ {gap(found.margin_a)} · g"
+            note = (
+                f"first ≠ @{found.position} L{found.layer:02d} {compare_view.margin_of(found)} · g"
+            )
         mode = self.view if self.view in compare_view.MODES else "xor"
         if self.query_one("#map").display:
             chart = compare_view.difference_map(pair, row, mode, self.look.cursor)

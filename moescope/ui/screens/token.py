@@ -15,14 +15,15 @@ from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.strip import Strip
-from textual.widgets import Footer
 
 from moescope.safety import printable
 from moescope.ui import keys, token_view
 from moescope.ui.looking import Looking
 from moescope.ui.ramp import BARS, WRONG, quantise
-from moescope.ui.text import cells, cut, gap, number
+from moescope.ui.routers import one_unit
+from moescope.ui.text import cells, cut, fit, gap, number
 from moescope.ui.view import quoted
+from moescope.ui.widgets.key_line import KeyLine
 from moescope.ui.widgets.panel import Panel, Row, Span
 
 BARS_HEIGHT = 6  # rows left to the scores below the table, at least
@@ -45,15 +46,15 @@ class LayersTable(Panel[TokenTable]):
     DEFAULT_CSS = "LayersTable { border: none; height: auto; }"
 
     def draw(self, data: TokenTable, width: int, height: int) -> Sequence[Row]:
-        head = (
-            f"{'layer':>6}  {'Σ':>6}  {'entropy':>7}  {'margin':>7}  {'kept':>4}  experts, weights"
-        )
+        unit = one_unit(row.margin_unit for row in data.rows)
+        margin = fit(f"Δ {unit}".rstrip(), 7 if unit else 13, ">")
+        head = f"{'layer':>6}  {'Σ':>6}  {'entropy':>7}  {margin}  {'kept':>4}  experts, weights"
         rows: list[Row] = [((cut(head, width), "dim"),)]
         at = next((i for i, row in enumerate(data.rows) if row.router == data.cursor), 0)
         room = max(1, height - 1)
         first = max(0, min(at - room // 2, len(data.rows) - room))
         for row in data.rows[first : first + room]:
-            rows.append(layer_line(row, row.router == data.cursor, width))
+            rows.append(layer_line(row, row.router == data.cursor, width, bool(unit)))
         if not data.rows:
             rows.append((("no layer with a near tie: n shows all", "dim"),))
         return rows
@@ -68,8 +69,9 @@ class LayersTable(Panel[TokenTable]):
         return Strip(spans).adjust_cell_length(self.size.width, pens.style["text"])
 
 
-def layer_line(row: token_view.LayerRow, here: bool, width: int) -> Row:
-    """`▸ 17   0.731    1.90   0.001≈  6  E062 .21 …`."""
+def layer_line(row: token_view.LayerRow, here: bool, width: int, alike: bool) -> Row:
+    """`▸ 17   0.731    1.90   0.001≈  6  E062 .21 …`; each margin with its unit, but where all
+    are `alike` and the heading says it."""
     kept = "─" if row.kept is None else str(row.kept)
     spans: list[Span] = [
         (f"{'▸' if here else ' '} {row.label:>4}  ", "accent" if here else "strong"),
@@ -77,6 +79,7 @@ def layer_line(row: token_view.LayerRow, here: bool, width: int) -> Row:
         (WRONG if row.sum_wrong else " ", "wrong"),
         (f" {number(row.entropy, 2):>7}  ", "text"),
         (f"{gap(row.margin):>7}", "warn" if row.near_tie else "text"),
+        ("" if alike else f" {row.margin_unit}", "dim"),
         ("≈" if row.near_tie else " ", "warn"),
         (f" {kept:>4} ", "dim"),
     ]
@@ -166,7 +169,7 @@ class TokenScreen(ModalScreen[None]):
         with Vertical(id="drill"):
             yield LayersTable(id="layers")
             yield BarsPanel(id="bars")
-        yield Footer()
+        yield KeyLine()
 
     def on_mount(self) -> None:
         self.draw()

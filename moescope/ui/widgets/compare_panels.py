@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from moescope.ui.compare_layers import GateData, LanesData, LayerPair, LayersData
 from moescope.ui.ramp import WRONG
+from moescope.ui.routers import one_unit
 from moescope.ui.text import cells, cut, fit, gap, number
 from moescope.ui.widgets.panel import Panel, Row, Span
 
@@ -16,7 +17,7 @@ COLUMNS = (
     ("layer", 6, 9),
     ("differ", 8, 8),
     ("why", 10, 5),
-    ("Δ", 7, 6),
+    ("Δ {unit}", 9, 6),
     ("Σ {0}", 8, 7),
     ("Σ {1}", 8, 7),
     ("same, run", 11, 4),
@@ -64,12 +65,16 @@ class LayersPanel(Panel[LayersData]):
 
     def draw(self, data: LayersData, width: int, height: int) -> Sequence[Row]:
         columns = fitting(width)
-        heads = (fit(title.format(*data.letters), size, ">") for title, size, _ in columns)
+        unit = one_unit(row.margin_unit for row in data.rows)
+        heads = (
+            fit(title.format(*data.letters, unit=unit).rstrip(), size, ">")
+            for title, size, _ in columns
+        )
         rows: list[Row] = [(("".join(heads), "dim"),)]
         room = max(1, height - 1)
         first = max(0, min(data.cursor - room // 2, len(data.rows) - room))
         for at in range(first, min(len(data.rows), first + room)):
-            rows.append(layer_row(data.rows[at], at == data.cursor, columns))
+            rows.append(layer_row(data.rows[at], at == data.cursor, columns, bool(unit)))
         return rows
 
 
@@ -113,8 +118,11 @@ def fitting(width: int) -> list[tuple[str, int, int]]:
     return kept
 
 
-def layer_row(row: LayerPair, here: bool, columns: Sequence[tuple[str, int, int]]) -> Row:
-    """`▸01   ≠2/4     input   .002≈    0.54    1.00‼      63 %    12`."""
+def layer_row(
+    row: LayerPair, here: bool, columns: Sequence[tuple[str, int, int]], alike: bool = True
+) -> Row:
+    """`▸01   ≠2/4     input   .002≈    0.54    1.00‼      63 %    12`. Margins that are not `alike`
+    have their unit's first letter each; else the heading names it."""
     if row.differ:
         differ, pen = f"≠{row.differ}/{row.of}", "warn"
     else:
@@ -123,8 +131,10 @@ def layer_row(row: LayerPair, here: bool, columns: Sequence[tuple[str, int, int]
         "layer": (("▸" if here else " ") + row.label, "accent" if here else "strong"),
         "differ": (differ, pen),
         "why": (WHY[row.why], "text"),
-        "Δ": (
-            gap(row.margin).lstrip("0") + ("≈" if row.near_tie else " "),
+        "Δ {unit}": (
+            gap(row.margin).lstrip("0")
+            + ("" if alike else f" {row.margin_unit[:1]}")
+            + ("≈" if row.near_tie else " "),
             "warn" if row.near_tie else "text",
         ),
         "same, run": ("─" if row.same is None else f"{row.same:.0%}", "text"),

@@ -35,7 +35,7 @@ class LayerPanel(Panel[LayerData]):
 
 
 def head(data: LayerData, width: int) -> Row:
-    load = f"load, last {data.window} tokens"
+    load = f"load ÷ busiest, last {data.window} tokens"
     return (
         (fit(" #  expert  score  weight  ", COLUMNS + 2) + cut(load, width - COLUMNS - 2), "dim"),
     )
@@ -57,7 +57,7 @@ def runner_up_row(data: LayerData, width: int) -> Row:
     row = data.runner_up
     assert row is not None
     chosen = len(data.rows)
-    margin = f"Δ {gap(data.margin)} to #{chosen} ({data.margin_unit})"
+    margin = f"Δ {gap(data.margin)} {data.margin_unit} to #{chosen}"
     spans = [
         (
             f"{chosen + 1:>2}  E{row.expert:03d}   {number(row.score):>5}   {NOT_RECORDED:>5}   ",
