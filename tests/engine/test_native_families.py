@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,12 @@ from tests.oracle.matrix import BY_FAMILY, BY_ID
 
 IDS = np.random.default_rng(3).integers(0, 250, (4, 40))
 FIRST = tuple(cases[0].id for cases in BY_FAMILY.values())
+# Families that differ most in what they are made of; a normal run has these, and one case of each.
+APART = (
+    *("axk2", "beam", "cohere2_moe", "deepseek_v3", "flint", "gemma4_text", "gpt_oss", "jetmoe"),
+    *("lfm2_moe", "llama4_text", "longcat_flash", "mimo_v2_flash", "minimax_m2", "nemotron_h"),
+    *("phimoe", "qwen3_next", "zaya"),
+)
 # What runs in torch beside the C program; of all other families nothing does.
 BESIDE = {
     "axk2": "MLA",  # with an indexer
@@ -37,6 +43,15 @@ BESIDE = {
     "qwen3_next": "LinearAttention",
     "zaya": "ConvolvedAttention, MoE",  # with a network before its gate
 }
+
+
+def among(cases: Iterable[str], usual: Iterable[str]) -> list[Any]:
+    """Cases as parameters; those that are not usual are for `make conformance`."""
+    usual = set(usual)
+    marks = {True: (), False: (pytest.mark.conformance,)}
+    return [pytest.param(case, marks=marks[case in usual]) for case in cases]
+
+
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C library, no compiler")
 
 
@@ -54,7 +69,7 @@ def policies(model: TorchDecoder, number: int) -> list[RouterPolicy]:
     return [changed(router.spec.policy, number) for router in model.routers]
 
 
-@pytest.mark.parametrize("case", BY_ID)
+@pytest.mark.parametrize("case", among(BY_ID, FIRST))
 def test_decoding_is_that_of_the_torch_operators(case: str) -> None:
     """After prompts of several lengths, under policies of their own, with a shadow, forked and cut
     back; at every level of recording."""
@@ -80,7 +95,7 @@ def test_decoding_is_that_of_the_torch_operators(case: str) -> None:
     walk(models, [2], 2, "ids")
 
 
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize("case", among(FIRST, [BY_FAMILY[name][0].id for name in APART]))
 def test_rounding_is_that_of_the_torch_operators(case: str) -> None:
     """Each kind of layer alone, in bfloat16: one rounding more or less would move most of the
     first token's logits. Later ones mix values, in sums that end in other bits here and there."""

@@ -51,7 +51,7 @@ MK_INLINE TARGET void NAME(apply)(const int kind, float alpha, float *x, int n, 
 
 MK_INLINE TARGET void NAME(activate_in)(const mk_act *act, float *gate, const float *up, int n,
                                         const int dtype) {
-    float limit = act->limit > 0.0f ? act->limit : INFINITY;
+    float limit = act->limit > 0.0f ? mk_round(act->limit, dtype) : INFINITY;
     float before = act->after || !act->gated ? INFINITY : limit, after = act->after ? limit : INFINITY;
     for (int i = 0; i < n; i++) {
         float x = mk_round(gate[i], dtype);
