@@ -20,9 +20,12 @@ def opened(path: Path, from_: str | None = None) -> Iterator[Any]:
 
     Raises `MoescopeError` (TRACE) where nothing in it can be read."""
     from moescope.trace.formats import open_trace
+    from moescope.trace.metadata import trace_error
 
     trace = open_trace(path, from_)
     try:
+        if not trace.count and not trace.complete:
+            raise trace_error(path, "the recording was ended before its first token")
         tell(path.name, trace.problems)
         yield trace
     finally:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from moescope.trace.columns import COLUMN_BYTES
 from moescope.trace.metadata import VERSION, trace_error
@@ -40,23 +42,36 @@ def wal_path(path: Path) -> Path:
     return path.with_name(path.name + "-wal")
 
 
-def create(path: Path) -> sqlite3.Connection:
-    """A new trace's tables in an empty file, in WAL mode, not yet synced. Raises sqlite3.Error."""
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
-    try:
-        db.execute(f"PRAGMA page_size={PAGE_SIZE}")
-        db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+def create(path: Path, rows: dict[str, Any]) -> None:
+    """A new trace in one file, whole but not yet synced: its tables, and `rows` in `meta`. Raises
+    sqlite3.Error."""
+    with closing(_connect(path)) as db:
+        for pragma in (f"page_size={PAGE_SIZE}", f"application_id={APPLICATION_ID}"):
+            db.execute(f"PRAGMA {pragma}")
         db.execute(f"PRAGMA user_version={VERSION}")
         db.execute("PRAGMA synchronous=OFF")
-        db.execute("PRAGMA journal_mode=WAL")
         db.execute("BEGIN IMMEDIATE")
         for statement in TABLES.values():
             db.execute(statement)
+        db.executemany("INSERT INTO meta VALUES (?, ?)", rows.items())
         db.execute("COMMIT")
+
+
+def open_writing(path: Path, durable: bool) -> sqlite3.Connection:
+    """A trace to record into, in WAL mode, with its `-wal` beside it. Raises sqlite3.Error."""
+    db = _connect(path)
+    try:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+        db.execute("SELECT count(*) FROM meta").fetchone()  # only now is there a -wal
     except BaseException:
         db.close()
         raise
     return db
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
 
 
 def fold_wal(db: sqlite3.Connection) -> bool:

@@ -13,8 +13,10 @@ import json
 import os
 import socket
 import sqlite3
+import stat
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,9 @@ class TraceOutput:
         limit_bytes: int | None = None,
         force: bool = False,
     ) -> None:
-        self.path, self.meta, self.limit_bytes = path, meta, limit_bytes
+        # SQLite, too, follows a link before it puts anything beside the file.
+        self.path = Path(os.path.realpath(path))
+        self.meta, self.limit_bytes = meta, limit_bytes
         self.shown = single_line(str(path))
         self.frames = self.dropped_logits = 0
         self._tail: list[bytes] = []  # records of the frames not yet in a chunk
@@ -54,6 +58,7 @@ class TraceOutput:
         self._chunked = 0  # frames in chunks
         self._events = 0
         self._rows: dict[str, Any] = {}
+        self._mode: int | None = None  # of the empty file that was here before
         self._db = self._open(durable, force)
 
     def commit(self, frames: list[bytes], events: list[tuple[str, str]]) -> None:
@@ -100,6 +105,15 @@ class TraceOutput:
         except sqlite3.Error:
             pass  # the file stays as it is: readable, with its -wal
 
+    def discard(self) -> None:
+        """Leave the place as it was found: without a file, or with an empty one."""
+        _unlink(self.path, BESIDE)
+        with contextlib.suppress(OSError):
+            if self._mode is None:
+                self.path.unlink(missing_ok=True)
+            else:
+                os.truncate(self.path, 0)
+
     def close(self) -> None:
         """Give back the file and the lock on it."""
         self._db.close()
@@ -109,50 +123,47 @@ class TraceOutput:
     def stopped(self, reason: str | BaseException) -> MoescopeError:
         """The failure that ends a recording whose file is good so far."""
         words = reason if isinstance(reason, str) else _reason(reason)
+        kept = "the file is good" if self.frames else "nothing was recorded"
         return _output_error(
-            self.shown, f"{words}: recording stopped at token {self.frames}; the file is good"
+            self.shown, f"{words}: recording stopped at token {self.frames}; {kept}"
         )
 
     # --- opening ----------------------------------------------------------------------------------
 
     def _open(self, durable: bool, force: bool) -> sqlite3.Connection:
         self._clear_place(force)
+        temporary = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
         try:
-            db = database.create(self.path)
-            try:
-                self._begin(db, durable)
-            except BaseException:
-                db.close()
-                raise
+            with contextlib.ExitStack() as undo:
+                undo.callback(_unlink, temporary, ("", "-journal"))
+                self._begin(temporary)
+                # One sync for all of this; its descriptor stays open, for closing it would take
+                # away the locks that SQLite has on the file in this process.
+                self._descriptor = os.open(temporary, os.O_RDONLY)
+                undo.callback(os.close, self._descriptor)
+                os.fsync(self._descriptor)
+                undo.callback(self.discard)
+                os.replace(temporary, self.path)
+                db = database.open_writing(self.path, durable)
+                undo.callback(db.close)
+                self._lock = lock.hold(database.wal_path(self.path))
+                undo.pop_all()
         except (sqlite3.Error, OSError) as error:
-            if _is_full(error):  # any other error may be about a file that somebody else made
-                self._remove()
             raise _output_error(self.shown, f"cannot be written: {_reason(error)}") from error
         return db
 
-    def _begin(self, db: sqlite3.Connection, durable: bool) -> None:
-        """What is in a trace before its first frame."""
+    def _begin(self, temporary: Path) -> None:
+        """What is in a trace before its first frame, under another name: whoever finds the file,
+        or a copy of it, finds the tables and what it is."""
         self._rows = {"meta": json.dumps(to_json(self.meta))}
         self._rows["writer"] = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
         for router, tensors in self.meta.router_tensors.items():
             for name, array in tensors.items():
                 self._rows[f"tensor/{router}/{name}"] = pack(array)
-        db.execute("BEGIN IMMEDIATE")
-        _write_rows(db, self._rows)
-        db.execute("COMMIT")
-        # A copy made while recording shall at least have the tables and say what it is. One
-        # sync for all of this; its descriptor stays open, for closing it would take away the
-        # locks that SQLite has on the file in this process.
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self._descriptor = os.open(self.path, os.O_RDONLY)
-        os.fsync(self._descriptor)
-        db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-        self._lock = lock.hold(database.wal_path(self.path))
-
-    def _remove(self) -> None:
-        with contextlib.suppress(OSError):
-            for suffix in ("", *BESIDE):
-                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        _unlink(temporary, ("", "-journal"))  # of a process that had our number and was killed
+        database.create(temporary, {**self._rows, "crc": meta_checksum(self._rows)})
+        if self._mode is not None:
+            temporary.chmod(self._mode)
 
     def _clear_place(self, force: bool) -> None:
         owner = lock.writer_of(self.path)
@@ -169,6 +180,8 @@ class TraceOutput:
                         self.shown, "already exists", "give another name, or --force to replace it"
                     )
                 self.path.unlink()
+            if self.path.exists():
+                self._mode = stat.S_IMODE(self.path.stat().st_mode)
             for suffix in BESIDE:
                 self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         except OSError as error:
@@ -230,6 +243,12 @@ class TraceOutput:
 def event_row(event: TraceEvent, at: int) -> tuple[str, str]:
     """An event after `at` frames as (kind, JSON). TypeError if it is no JSON."""
     return event.kind, json.dumps(event_to_json(event, at))
+
+
+def _unlink(path: Path, suffixes: Sequence[str]) -> None:
+    for suffix in suffixes:
+        with contextlib.suppress(OSError):  # a folder that takes no file has none to lose
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 def _write_rows(db: sqlite3.Connection, rows: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ class TraceWriter:
     `limit_bytes` bounds the file: the oldest logits are dropped first, then recording stops.
     An existing file is not replaced without `force` (an empty one is filled, keeping its mode).
     Raises `MoescopeError` (OUTPUT) where the file cannot be written, (TRACE) where another process
-    is writing it.
+    is writing it. As a context, it leaves no file where it fails before the first frame.
     """
 
     def __init__(
@@ -151,6 +151,9 @@ class TraceWriter:
         except MoescopeError:
             if error is None:
                 raise
+        finally:
+            if not self._acknowledged and (error is not None or self._failure is not None):
+                self._output.discard()
 
     def _put(self, items: list[_Item]) -> None:
         with self._changed:

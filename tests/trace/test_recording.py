@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moescope import cli
 from moescope.errors import ExitCode, MoescopeError
 from moescope.trace.frames import TraceEvent
 from moescope.trace.store import TraceReader, TraceWriter
@@ -226,3 +228,53 @@ def test_a_limit_that_logits_cannot_meet_stops_the_recording(tmp_path: Path) -> 
     assert caught.value.code == ExitCode.OUTPUT
     writer.close()
     assert len(readable(path)) == writer.acknowledged > 256
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_fails_before_its_first_frame_leaves_nothing(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    with pytest.raises(error), TraceWriter(tmp_path / "x.moetrace", a_meta()) as writer:
+        writer.event(TraceEvent("variant", {"expression": "trained"}))
+        raise error
+    assert list(tmp_path.iterdir()) == []
+    kept = tmp_path / "kept.moetrace"
+    kept.touch(mode=0o600)
+    with pytest.raises(error), TraceWriter(kept, a_meta()):
+        raise error
+    assert (kept.stat().st_size, kept.stat().st_mode & 0o777) == (0, 0o600)
+    with pytest.raises(error), TraceWriter(kept, a_meta()) as writer:
+        writer.append(a_frame())
+        raise error
+    assert len(readable(kept)) == 1 and kept.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("place", ["fsync", "replace"])
+def test_a_recording_appears_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Until it is under its name there is no file; from then on a copy of it says what it is."""
+    path, seen = tmp_path / "x.moetrace", []
+    real = getattr(os, place)
+
+    def look(*arguments: object) -> None:
+        seen.append(path.exists())
+        real(*arguments)
+        if place == "replace":
+            copy = shutil.copy(path, tmp_path / "copy.moetrace")
+            with TraceReader.open(copy) as reader:
+                seen.append((reader.count, reader.complete, reader.meta.models))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, place, look)
+    if place == "replace":
+        with pytest.raises(KeyboardInterrupt):
+            TraceWriter(path, a_meta())
+        assert seen == [False, (0, False, a_meta().models)]
+        assert [left.name for left in tmp_path.iterdir()] == ["copy.moetrace"]
+        code = cli.run(["lint", str(tmp_path / "copy.moetrace")])
+        assert code == ExitCode.TRACE
+    else:
+        TraceWriter(path, a_meta()).close()
+        assert seen == [False] and path.exists()
