@@ -3,7 +3,6 @@ step beside them. Weights are made from the spec, so no checkpoint is written.""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -101,7 +100,3 @@ def walk(
         for found in others:
             agree(wanted, found)
         token = wanted.logits[:, 0].argmax(-1)[:, None] % 250
-
-
-def seed_of(case: Case) -> int:
-    return zlib.crc32(case.id.encode()) % 1000
