@@ -7,6 +7,7 @@ to standard error. Verbs live in `commands/`; only the chosen one is imported, w
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import importlib
 import os
@@ -34,6 +35,7 @@ VERBS: dict[str, str] = {
     "doctor": "versions, devices, terminal and folders, for bug reports",
 }
 SCREENS = ("open", "replay")
+FILLING = (*SCREENS, "trace", "convert")  # verbs whose work is not on standard output
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EPILOG = """examples:
   moescope                                    the embedded demo model
@@ -67,9 +69,10 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line in this process. Never raises; returns the exit code."""
     debug = "--debug" in arguments
     try:
+        if sys.stdout is None:
+            _without_output(arguments)
         code = _dispatch([a for a in arguments if a != "--debug"])
-        if sys.stdout is not None:  # closed, as with >&-
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except SystemExit as end:  # argparse
         return end.code if isinstance(end.code, int) else int(ExitCode.USAGE)
@@ -94,6 +97,13 @@ def run(arguments: Sequence[str]) -> int:
         return _bug(error, arguments)
 
 
+def _without_output(arguments: Sequence[str]) -> None:
+    """Standard output is closed, as with >&-: an error for what only prints, nothing to others."""
+    if verb_of(arguments) not in FILLING:
+        raise MoescopeError("output: standard output is closed", code=ExitCode.OUTPUT)
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+
+
 def _mute() -> None:
     """What is still to be written goes nowhere, so that the interpreter's end cannot fail on it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -114,9 +124,31 @@ def _dispatch(arguments: list[str]) -> int:
     )
     module.add_arguments(parser)
     parsed = parser.parse_args(rest)
+    if verb == "open":
+        _need_path(parsed.model)
     if verb in SCREENS:
         _need_terminal()
     return int(module.run(parsed))
+
+
+def _need_path(name: str | None) -> None:
+    """Say of a word that names nothing what it may have been meant to be."""
+    from moescope.safety import single_line
+
+    if name is None or name == "demo" or os.path.lexists(name):
+        return
+    if "/" in name:
+        from moescope.engine import hub_cache
+
+        if hub_cache.is_hub_name(name):
+            hub_cache.find(name)
+            return
+        message = f"{single_line(name, 300)}: no such file or folder"
+        raise MoescopeError(message, code=ExitCode.CHECKPOINT)
+    near = difflib.get_close_matches(name, VERBS, n=1)
+    hint = f"moescope {near[0]}" if near else "moescope --help"
+    message = f"{single_line(name, 60)}: there is no such command, file or folder"
+    raise MoescopeError(message, hint=hint)
 
 
 def _need_terminal() -> None:

@@ -27,6 +27,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     from moescope import cli
 
+    code = _run(cli, arguments)
+    # All is written and closed: Ctrl-C now could only show how the interpreter ends.
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return code
+
+
+def _run(cli: Any, arguments: list[str]) -> int:
     supervised = cli.opens_a_screen(arguments) and hasattr(os, "fork") and sys.stderr.isatty()
     return watch(lambda: cli.run(arguments)) if supervised else cli.run(arguments)
 

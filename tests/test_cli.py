@@ -156,7 +156,16 @@ class TestTraces:
         assert code == 0 and "softmax_over_selected: the same experts in 100.0% of 24" in err
         assert found["softmax_over_selected"]["same_experts"] == 1.0
         assert found["softmax_over_selected"]["mean_score_sum"] == pytest.approx(1.0)
-        assert found["num_experts_per_tok=1"]["same_experts"] == 0.0
+        fewer = found["num_experts_per_tok=1"]
+        assert (fewer["same_experts"], fewer["common_picks"]) == (0.0, 1.0)
+        assert "num_experts_per_tok=1: 100.0% of the picks in common (24 decisions)" in err
+
+    def test_a_command_that_fails_at_once_leaves_no_file(self, capsys, model, tmp_path) -> None:
+        path = tmp_path / "a.moetrace"
+        options = ("--prompt", "Hi", "--max-new-tokens", "1", "-o", str(path))
+        code, _, err = run(capsys, "trace", model, *options, "--shadow", "top_k_of_nothing")
+        assert code == 2 and "top_k_of_nothing" in err and list(tmp_path.iterdir()) == []
+        assert run(capsys, "trace", model, *options)[0] == 0
 
     def test_trace_convert_and_back(self, capsys, model, tmp_path) -> None:
         first, table, again = (tmp_path / name for name in ("a.moetrace", "a.jsonl", "b.moetrace"))
@@ -243,10 +252,42 @@ def test_a_full_context_is_told(capsys, model) -> None:
     assert "the context is full" in run(capsys, "generate", model, *options)[2]
 
 
-@pytest.mark.parametrize("arguments", [(), ("replay",), ("generat",), ("no/such/folder",)])
+@pytest.mark.parametrize("arguments", [(), ("replay",), ("demo",)])
 def test_without_a_terminal_there_is_no_screen(capsys, monkeypatch, arguments) -> None:
     monkeypatch.delenv("TEXTUAL_DRIVER", raising=False)
     check_error(*run(capsys, *arguments), ExitCode.USAGE, "the screen needs a terminal")
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("generat", ExitCode.USAGE, ("there is no such command", "Try: moescope generate")),
+        ("no/such/folder", ExitCode.CHECKPOINT, ("no such file or folder",)),
+        ("no-such-org/name", ExitCode.CHECKPOINT, ("not in the Hub cache", "hf download")),
+    ],
+)
+def test_a_word_that_names_nothing_is_told_before_the_terminal(capsys, name, code, words) -> None:
+    check_error(*run(capsys, name), code, *words)
+
+
+def test_a_closed_output_is_told_by_what_only_prints(capsys, monkeypatch, model, tmp_path) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.run(["variants"]) == ExitCode.OUTPUT
+    monkeypatch.setattr(sys, "stdout", None)
+    path = tmp_path / "a.moetrace"
+    options = ("--prompt", "Hi", "--max-new-tokens", "1", "-o", str(path))
+    assert cli.run(["trace", model, *options]) == 0 and path.stat().st_size
+    sys.stdout.close()
+    assert "standard output is closed" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_ignored_once_everything_is_written() -> None:
+    script = (
+        "import signal, sys; from moescope import supervisor; "
+        "code = supervisor.main(['variants']); signal.raise_signal(signal.SIGINT); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
 
 def test_a_closed_pipe_ends_quietly(model) -> None:
