@@ -15,6 +15,11 @@ SPARSE = (
     "SparseMixer's threshold: rounding moves whole weights there, so that a fault of rounding is "
     "seen in a few rows, or is named beside the right fault"
 )
+PAIRED = (
+    "logits of bfloat16 are numbers of bfloat16, cast or not: the fault is named, and a cast of "
+    "the weights beside it"
+)
+ONE_ROW = "a single row shows it, which an engine of bfloat16 may get wrong by itself"
 
 EXCEPTIONS: dict[Key, str] = {
     ("deepseek_v2", "logits_bf16", "bfloat16", "weights"): ROUNDED,
@@ -26,4 +31,7 @@ EXCEPTIONS: dict[Key, str] = {
     ("phimoe", "logits_bf16", "bfloat16", "weights"): SPARSE,
     ("phimoe", "router_quantised", "bfloat16", "order"): SPARSE,
     ("phimoe", "scores_bf16", "bfloat16", "weights"): SPARSE,
+    ("afmoe", "all_negative_logits", "bfloat16", "weights"): ONE_ROW,
+    ("afmoe", "raw_logits_as_weights", "bfloat16", "weights"): PAIRED,
+    ("mixtral", "raw_logits_as_weights", "bfloat16", "weights"): PAIRED,
 }
