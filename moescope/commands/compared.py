@@ -106,7 +106,7 @@ def _first(first: Divergence | None) -> str:
     from moescope.diagnosis.causes import TITLES
 
     a, b = (first.margin_a, first.margin_unit_a), (first.margin_b, first.margin_unit_b)
-    margins = " and ".join(f"{_number(margin)} {unit}".rstrip() for margin, unit in (a, b))
+    margins = ", ".join(f"{_number(margin)} {unit}".rstrip() for margin, unit in (a, b))
     why = f" by {TITLES[first.cause]}," if first.cause else ","
     return f"@{first.position} L{first.layer}{why} margins {margins}"
 

@@ -136,8 +136,8 @@ COMPARE = (
 )
 
 TOKEN = (
-    Key("token_back", "left_square_bracket", "token(-1)", "Previous token", "", True, "["),
-    Key("token_on", "right_square_bracket", "token(1)", "Next token", "", True, "]"),
+    Key("token_back", "left_square_bracket", "token(-1)", "Previous", "", True, "["),
+    Key("token_on", "right_square_bracket", "token(1)", "Next", "", True, "]"),
     Key("layer_up", "up,k", "layer(-1)", "Layer up", shown="↑"),
     Key("layer_down", "down,j", "layer(1)", "Layer down", shown="↓"),
     Key("sort", "s", "sort", "Sort", "By layer, Σ, entropy, margin, or picks kept.", True),

@@ -191,7 +191,13 @@ def test_long_lanes_are_compared_in_steps():
 
 def test_columns_and_titles_give_way():
     assert [title for title, _, _ in fitting(200)][-1] == "flips"
-    assert [title for title, _, _ in fitting(40)] == ["layer", "differ", "Δ", "Σ {0}", "Σ {1}"]
+    assert [title for title, _, _ in fitting(40)] == [
+        "layer",
+        "differ",
+        "Δ {unit}",
+        "Σ {0}",
+        "Σ {1}",
+    ]
     items = tuple(LaneItem(letter, "a long title", "63% ≠@10", False) for letter in "ABCDEFGH")
     data = LanesData(items, "same tokens")
     assert entries(data, 400)[0] == ("A a long title", "63% ≠@10")

@@ -27,7 +27,7 @@ Check = Callable[[str], str]  # returns what is wrong, "" when it is right
 class Question(ModalScreen[Answer]):
     """A box over a screen; where there are few rows it gives up its frame."""
 
-    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-short"), (14, "-tall")]
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (14, "-tall")]  # noqa: RUF012 (as Textual declares it)
 
 
 class AskScreen(Question[str | None]):

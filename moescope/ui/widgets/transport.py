@@ -13,7 +13,7 @@ from moescope.ui.widgets.panel import Panel, Row
 
 
 class Transport(Panel[TransportData]):
-    """`▶ ━━━━━━╸──────  token 412/2048  1×`; a click or a drag on the bar scrubs."""
+    """`▶ ━━━━━━╸──────  412 of 2048 tokens  1×`; a click or a drag on the bar scrubs."""
 
     DEFAULT_CSS = "Transport { height: 1; border: none; } Transport:focus { border: none; }"
 
@@ -54,7 +54,8 @@ class Transport(Panel[TransportData]):
 
 
 def tail_of(data: TransportData) -> str:
-    return f"  token {data.position}/{data.total}  {data.speed:g}× "
+    count = min(data.position + 1, data.total)  # as the line on top counts
+    return f"  {count} of {data.total} tokens  {data.speed:g}× "
 
 
 def bar_width(data: TransportData, width: int) -> int:
