@@ -31,7 +31,11 @@ def add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> Non
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
     )
     parser.add_argument(
-        "--max-context", type=positive, default=4096, metavar="N", help="tokens a lane can hold"
+        "--max-context",
+        type=positive,
+        default=4096,
+        metavar="N",
+        help="tokens a lane can hold (default %(default)s, at most the model's context)",
     )
 
 
@@ -50,12 +54,16 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-new-tokens", type=positive, default=128, metavar="N")
-    group.add_argument("--temperature", type=ratio, default=0.0, metavar="T", help="0 is greedy")
+    group.add_argument(
+        "--max-new-tokens", type=positive, default=128, metavar="N", help="default %(default)s"
+    )
+    group.add_argument(
+        "--temperature", type=ratio, default=0.0, metavar="T", help="default 0: greedy"
+    )
     group.add_argument("--top-k", type=natural, default=0, metavar="N", help="0: off")
     group.add_argument("--top-p", type=share, default=1.0, metavar="P")
     group.add_argument("--min-p", type=share, default=0.0, metavar="P")
-    group.add_argument("--seed", type=natural, default=0, metavar="S")
+    group.add_argument("--seed", type=natural, default=0, metavar="S", help="default %(default)s")
 
 
 def add_recording(

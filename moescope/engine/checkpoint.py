@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from moescope.demo import CHECKPOINT
 from moescope.engine import hub_cache, tensors
 from moescope.engine.config import bad, parse_object
 from moescope.engine.files import (
@@ -247,6 +248,8 @@ def locate(path_or_hub_name: str | Path) -> Path:
     """The folder a user means."""
     given = str(path_or_hub_name)
     path = Path(os.path.expanduser(given))
+    if given == "demo" and not os.path.lexists(path):
+        return resolve_folder(CHECKPOINT)
     if not os.path.lexists(path) and hub_cache.is_hub_name(given):
         return resolve_folder(hub_cache.find(given))
     if os.path.isfile(path):

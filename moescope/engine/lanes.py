@@ -37,7 +37,8 @@ class Lanes:
         self.tokenizer = tokenizer
         self.recorder = Recorder(writer)
         self.record: RecordLevel = record
-        self.context = min(max_context, int(model.facts.get("context") or max_context))
+        self.longest: int | None = model.facts.get("context")  # no option makes it longer
+        self.context = min(max_context, self.longest or max_context)
         self.same_tokens = same_tokens
         self.sequence = -1
         self.lanes: dict[int, Lane] = {}

@@ -65,8 +65,11 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def check_ids(ids: Sequence[int], vocabulary: int, context: int) -> None:
-    """Refuse a prompt that is empty, too long, or holds an id the model does not know."""
+def check_ids(
+    ids: Sequence[int], vocabulary: int, context: int, longest: int | None = None
+) -> None:
+    """Refuse a prompt that is empty, too long, or holds an id the model does not know. `longest`
+    is the model's own context, which no option makes longer."""
     if not ids:
         raise MoescopeError("the prompt is empty: expected at least one token")
     for index, token in enumerate(ids):
@@ -75,6 +78,11 @@ def check_ids(ids: Sequence[int], vocabulary: int, context: int) -> None:
                 f"token {index} of the prompt: expected an id from 0 to {vocabulary - 1}, "
                 f"found {token}"
             )
+    if longest is not None and len(ids) > longest:
+        raise MoescopeError(
+            f"the prompt has {len(ids)} tokens: the model's context is {longest}",
+            hint="a shorter prompt",
+        )
     if len(ids) > context:
         raise MoescopeError(
             f"the prompt has {len(ids)} tokens: expected at most {context}",

@@ -259,5 +259,5 @@ class Session(Stepping):
         self._events.append(Prompted(self.sequence, ids, pieces, note, lane, position))
 
     def _check(self, ids: Sequence[int]) -> None:
-        check_ids(ids, self.interpreter.vocab_size, self.context)
+        check_ids(ids, self.interpreter.vocab_size, self.context, self.longest)
         refuse_unlike(getattr(self.interpreter, "unlike", {}), ids)

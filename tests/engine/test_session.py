@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from moescope import variants
 from moescope.engine import sampling, stepping
 from moescope.engine.interpreter import Draw
+from moescope.engine.prompts import check_ids
 from moescope.engine.protocol import (
     Finished,
     Generate,
@@ -270,6 +271,9 @@ def test_the_context_and_no_new_tokens_end_a_lane() -> None:
     assert session.lanes[0].reason == "context" and len(frames) == 20
     session, frames = run(request=Generate(PROMPT, sampling=Sampling(max_new_tokens=0)))
     assert session.lanes[0].reason == "length" and len(frames) == len(PROMPT)
+    with pytest.raises(MoescopeError, match="7 tokens: the model's context is 6") as caught:
+        check_ids([1] * 7, 9, 6, 6)
+    assert "--max-context" not in caught.value.hint
     with pytest.raises(MoescopeError, match="the prompt has 16 tokens: expected at most 10"):
         run(max_context=10)
 

@@ -36,7 +36,7 @@ def _pyarrow() -> tuple[Any, Any]:
     except ImportError as error:
         raise MoescopeError(
             "Parquet needs pyarrow, which is not installed",
-            hint="pip install 'moescope[parquet]', or convert to .csv or .jsonl",
+            hint="pip install pyarrow, or convert to .csv or .jsonl",
             code=ExitCode.USAGE,
         ) from error
     return pyarrow, pyarrow.parquet
