@@ -1,4 +1,4 @@
-"""The story that the README tells is what its command prints."""
+"""What the README tells is what its commands print."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ ELLIPSIS = "…"
 NUMBER = re.compile(r"\d+\.\d+|\d+ ?%")
 
 
-def told() -> tuple[list[str], list[str]]:
-    """The command as arguments, and the lines below it."""
-    story = README.read_text().partition("<!-- story -->\n")[2].partition("<!-- end story -->")[0]
-    lines = [line[4:] for line in story.splitlines() if line.startswith("    ")]
-    command = lines[0] + (lines[1] if lines[0].endswith("\\") else "")
-    shown = lines[2:] if lines[0].endswith("\\") else lines[1:]
+def told(block: str) -> tuple[list[list[str]], list[str]]:
+    """The commands of a block as arguments, and the lines below them."""
+    text = README.read_text().partition(f"<!-- {block} -->\n")[2].partition(f"<!-- end {block}")[0]
+    lines = [line[4:] for line in text.replace("\\\n", "").splitlines() if line[:4] == "    "]
+    commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    return [arguments(command) for command in commands], lines[len(commands) :]
+
+
+def arguments(command: str) -> list[str]:
     words = re.sub(
         r"\$'([^']*)'",
         lambda m: shlex.quote(m[1].encode().decode("unicode_escape")),
-        command.removeprefix("$ ").replace("\\", " ", 1),
+        command,
     )
-    return shlex.split(words)[1:], shown
+    return shlex.split(words)[1:]
 
 
 def alike(line: str, printed: str) -> bool:
@@ -40,11 +43,9 @@ def alike(line: str, printed: str) -> bool:
     )
 
 
-def test_the_story_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments, shown = told()
-    assert arguments[:2] == ["compare", "demo"] and len(shown) > 12
-    assert cli.run(arguments) == 0
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+def compare(shown: list[str], text: str) -> None:
+    """Every line that is shown is printed, in this order; only … leaves lines out."""
+    printed = [line for line in text.splitlines() if line.strip()]
     at, skipping = 0, False
     for line in shown:
         if line.strip() == ELLIPSIS:
@@ -57,8 +58,27 @@ def test_the_story_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]
     assert skipping or at == len(printed), printed[at:]
 
 
+def test_the_story_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    (command,), shown = told("story")
+    assert command[:2] == ["compare", "demo"] and len(shown) > 12
+    assert cli.run(command) == 0
+    compare(shown, capsys.readouterr().out)
+
+
 def test_the_story_is_about_sums_that_differ_where_experts_do_not() -> None:
-    _, shown = told()
+    _, shown = told("story")
     first = next(line.split() for line in shown if line.split()[:1] == ["0"])
     assert first[1:5] == ["100.0", "%", "100.0", "%"]
     assert first[-2] == "1.000" and float(first[-3]) < 0.5
+
+
+def test_the_fault_is_named_as_the_readme_shows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (record, diagnose), shown = told("diagnosis")
+    assert record[:2] == ["trace", "demo"] and diagnose[0] == "diagnose" and len(shown) > 6
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(record) == 0
+    capsys.readouterr()
+    assert cli.run(diagnose) == 1
+    compare(shown, capsys.readouterr().out)
