@@ -89,6 +89,8 @@ def relative_margin(
 ) -> Floats:
     """Golden margins as shares of the score at the cut. [T, L] -> [T, L].
 
+    Where a bias helps to select, the score at the cut may be next to nothing and says nothing of
+    the margin, which holds the bias too: there it is a share of the mean score of the selected.
     Without scores a margin of scores stays as it is, which excuses more. NaN stays NaN.
     """
     by_logit = np.array([spec.margin_unit == "logit" for spec in specs])
@@ -96,8 +98,12 @@ def relative_margin(
         of_logits = -np.expm1(-margin.astype(np.float64))
         cut = np.ones(margin.shape)
         if scores is not None:
-            lowest = np.where(ids >= 0, np.abs(scores), np.inf).min(axis=2)
-            cut = np.where(np.isfinite(lowest) & (lowest > 0), lowest, 1.0)
+            used, size = ids >= 0, np.abs(scores.astype(np.float64))
+            lowest = np.where(used, size, np.inf).min(axis=2)
+            mean = np.where(used, size, 0.0).sum(axis=2) / used.sum(axis=2)
+            biased = np.array([spec.policy.correction_bias != "none" for spec in specs])
+            scale = np.where(biased, mean, lowest)
+            cut = np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
         return np.asarray(np.where(by_logit, of_logits, margin / cut))
 
 

@@ -159,6 +159,10 @@ def test_margins_of_logits_are_what_they_make_of_the_score() -> None:
     assert relative_margin(margin, scores, ids, [logit])[0, 0] == pytest.approx(1 - np.exp(-0.01))
     assert relative_margin(margin, scores, ids, [spec_of()])[0, 0] == pytest.approx(0.05)
     assert relative_margin(margin, None, ids, [spec_of()])[0, 0] == 0.01
+    biased = spec_of(correction_bias="score")
+    tiny = np.where(scores == scores.min(), 1e-6, scores)
+    mean = np.abs(tiny).mean()
+    assert relative_margin(margin, tiny, ids, [biased])[0, 0] == pytest.approx(0.01 / mean)
 
 
 def test_order_may_only_change_between_near_equals() -> None:
