@@ -7,7 +7,6 @@ to standard error. Verbs live in `commands/`; only the chosen one is imported, w
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import importlib
 import os
@@ -125,30 +124,10 @@ def _dispatch(arguments: list[str]) -> int:
     module.add_arguments(parser)
     parsed = parser.parse_args(rest)
     if verb == "open":
-        _need_path(parsed.model)
+        module.need_path(parsed.model)  # before what it would be opened on
     if verb in SCREENS:
         _need_terminal()
     return int(module.run(parsed))
-
-
-def _need_path(name: str | None) -> None:
-    """Say of a word that names nothing what it may have been meant to be."""
-    from moescope.safety import single_line
-
-    if name is None or name == "demo" or os.path.lexists(name):
-        return
-    if "/" in name:
-        from moescope.engine import hub_cache
-
-        if hub_cache.is_hub_name(name):
-            hub_cache.find(name)
-            return
-        message = f"{single_line(name, 300)}: no such file or folder"
-        raise MoescopeError(message, code=ExitCode.CHECKPOINT)
-    near = difflib.get_close_matches(name, VERBS, n=1)
-    hint = f"moescope {near[0]}" if near else "moescope --help"
-    message = f"{single_line(name, 60)}: there is no such command, file or folder"
-    raise MoescopeError(message, hint=hint)
 
 
 def _need_terminal() -> None:

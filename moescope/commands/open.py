@@ -6,10 +6,12 @@ PATH is a checkpoint folder, org/name from the local hub cache, or a .moetrace f
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 from pathlib import Path
 
 from moescope.commands import options, reading
-from moescope.errors import MoescopeError
+from moescope.errors import ExitCode, MoescopeError
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 
@@ -50,6 +52,27 @@ def run(args: argparse.Namespace) -> int:
     )
     sampling = options.sampling_of(args)
     return run_app(request, replay=None, prompt=args.prompt, sampling=sampling)
+
+
+def need_path(name: str | None) -> None:
+    """Say of a word that names nothing what it may have been meant to be."""
+    from moescope.cli import VERBS
+    from moescope.safety import single_line
+
+    if name is None or name == "demo" or os.path.lexists(name):
+        return
+    if "/" in name:
+        from moescope.engine import hub_cache
+
+        if hub_cache.is_hub_name(name):
+            hub_cache.find(name)
+            return
+        message = f"{single_line(name, 300)}: no such file or folder"
+        raise MoescopeError(message, code=ExitCode.CHECKPOINT)
+    near = difflib.get_close_matches(name, VERBS, n=1)
+    hint = f"moescope {near[0]}" if near else "moescope --help"
+    message = f"{single_line(name, 60)}: there is no such command, file or folder"
+    raise MoescopeError(message, hint=hint)
 
 
 def _is_trace(path: Path) -> bool:

@@ -25,9 +25,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 INSTRUCTION_SETS = ("avx512-bf16", "avx512", "avx2", "portable")
 
 # Places in `enum mk_kind`, and flags.
-KINDS = tuple(
-    "embed norm linear clip scale warm copy gated turn store attend merge absorb expand add gate "
-    "route keep experts down combine head expect".split()
+KINDS = (
+    *("embed", "norm", "linear", "clip", "scale", "warm", "copy", "gated", "turn", "store"),
+    *("attend", "merge", "absorb", "expand", "add", "gate", "route", "keep", "experts", "down"),
+    *("combine", "head", "expect"),
 )
 FIRST, WIDE, CENTRED, WEIGHT_FIRST, PAIRS, SOFTPLUS, POWER, ONE_LESS = (1 << n for n in range(8))
 SUM, FINISH, NULL, AVERAGE, SHARES, ROUNDED = (1 << n for n in range(8, 14))

@@ -13,7 +13,7 @@ from tests.families import READ
 from tests.families.kit import TOP_K
 
 Around = Callable[[Any, str], None]  # (model, family)
-BIASES = ("e_score_correction_bias", "expert_bias")
+BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 
 
@@ -64,6 +64,8 @@ def _own(router: Any) -> dict[str, Any]:
 
 def _gate(router: Any) -> Any:
     """The gate's weight [E, H]."""
+    if hasattr(router, "router_mlp"):
+        return router.router_mlp.out_proj.weight
     return max((t for t in _own(router).values() if t.ndim == 2), key=lambda t: t.numel())
 
 
@@ -183,7 +185,7 @@ def _reads_residual(model: Any, family: str) -> None:
     given: dict[int, Any] = {}  # by address: views of what a norm gave have it too
 
     def remember(module: Any, inputs: Any, output: Any) -> None:
-        if inputs:  # a norm, not a block that holds some
+        if inputs and isinstance(output, torch.Tensor):  # a norm, not a block that holds some
             given[output.data_ptr()] = (output, inputs[0])
 
     for module in model.modules():
@@ -219,8 +221,8 @@ def _read_instead(router: Any, seen: list[Any]) -> None:
     router = _reads(router)
     inner = router.forward
 
-    def forward(x: Any, *rest: Any) -> Any:
-        return inner(seen[0].reshape(x.shape).to(x.dtype), *rest)
+    def forward(x: Any, *rest: Any, **named: Any) -> Any:
+        return inner(seen[0].reshape(x.shape).to(x.dtype), *rest, **named)
 
     router.forward = forward
 

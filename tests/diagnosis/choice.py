@@ -29,6 +29,7 @@ class Traits:
     bias: Any = None  # [E], added for the choice
     bias_on_logits: bool = False
     per_expert: Any = None  # [E], multiplies the weights last
+    skips: int | None = None  # classes from this one on weigh nothing
     groups: tuple[int, int] = (1, 1)  # how many, how many admitted
     group_score: str = "top2"
     fill: float = -torch.inf
@@ -64,6 +65,8 @@ def choose(logits: Any, t: Traits) -> tuple[Any, Any]:
         weights = weights * t.per_expert.float()[ids]
     if not t.scaled_output:
         weights = weights * t.scale
+    if t.skips is not None:
+        weights = weights.masked_fill(ids >= t.skips, 0.0)
     return weights.to(t.weights_dtype or weights.dtype), ids
 
 

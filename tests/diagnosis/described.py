@@ -142,6 +142,11 @@ def _dbrx(m: Any, inputs: Any, block: Any) -> Traits:
     return Traits(m.top_k, norm=norm, rounded=_coarse(m.router.layer.weight))
 
 
+def _zaya(m: Any, inputs: Any, block: Any) -> Traits:
+    given = Traits(m.top_k, bias=m.balancing_biases, skips=m.num_experts)
+    return replace(given, rounded=_coarse(m.down_proj.weight))
+
+
 def _later(m: Any, inputs: Any, block: Any) -> Traits:
     return Traits(m.top_k, after=True)
 
@@ -183,6 +188,7 @@ DESCRIBE: dict[str, Describe] = {
     "flint": lambda m, inputs, block: Traits(m.top_k, "sigmoid", norm=m.norm_topk_prob),
     "longcat_flash": _longcat,
     "gemma4_text": _gemma,
+    "zaya": _zaya,
     "phimoe": _phimoe,
     "llama4_text": lambda m, inputs, block: Traits(m.top_k, "sigmoid", after=True),
 }
@@ -199,4 +205,6 @@ def replaced(family: str, output: Any, weights: Any, ids: Any) -> Any:
     if family == "llama4_text":  # weights of all experts, 0 for those not chosen
         scores, logits = output
         return torch.zeros_like(scores).scatter(1, ids, weights.to(scores.dtype)), logits
+    if family == "zaya":  # a token that is skipped is expert 0's, by 0
+        ids = ids.masked_fill(ids == output[0].shape[-1] - 1, 0)
     return (output[0], weights.to(output[1].dtype), ids, *output[3:])
