@@ -11,8 +11,14 @@ import pytest
 from moescope import cli
 
 README = Path(__file__).parents[1] / "README.md"
+WIDTH = "100"  # columns of the terminal that the README's lines were copied from
 ELLIPSIS = "…"
 NUMBER = re.compile(r"\d+\.\d+|\d+ ?%")
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", WIDTH)
 
 
 def told(block: str) -> tuple[list[list[str]], list[str]]:

@@ -110,6 +110,7 @@ async def test_a_recording_of_two_lanes_opens_side_by_side():
         screen = main.app.screen
         assert isinstance(screen, CompareScreen)
         left, right = (screen.query_one(name, Transcript) for name in ("#text-a", "#text-b"))
+        await wait_for(pilot, lambda: left.data is not None and right.data is not None)
         assert [i for i, cell in enumerate(left.data.cells) if cell.marked] == [PART]
         assert [i for i, cell in enumerate(right.data.cells) if cell.marked] == [PART]
         assert "softmax over the selected" in right.data.title
@@ -258,7 +259,9 @@ async def test_same_tokens_is_a_toggle_that_is_labelled():
     async with running(tokens=5) as (engine, main, pilot):
         await pilot.press("i", "a", "enter", "c")
         screen = main.app.screen
-        assert screen.query_one(LanesBar).data.mode == "free text"
+        bar = screen.query_one(LanesBar)
+        await wait_for(pilot, lambda: bar.data is not None)
+        assert bar.data.mode == "free text"
         await pilot.press("t")
         assert engine.watch.same_tokens and screen.query_one(LanesBar).data.mode == "same tokens"
         assert p.SameTokens(True) in engine.sent and isinstance(engine.sent[-1], p.Generate)

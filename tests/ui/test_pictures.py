@@ -29,9 +29,10 @@ def still(*keys: str, row: int = 50) -> Any:
         main.clock.beat = lambda now: False
         main.draw()
         await pilot.press(*keys)
-        timer = getattr(pilot.app.screen, "_timer", None)
-        if timer is not None:
-            timer.stop()
+        screen = pilot.app.screen
+        if hasattr(screen, "_timer"):
+            await wait_for(pilot, lambda: screen._timer is not None)
+            screen._timer.stop()
         await pilot.pause()
 
     return arrange
