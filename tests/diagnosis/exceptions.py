@@ -33,6 +33,8 @@ EXCEPTIONS: dict[Key, str] = {
     ("glm_moe_dsa", "bias_fp32_where_bf16_expected", "float32", "order"): HUGE,
     ("glm_moe_dsa", "bias_fp32_where_bf16_expected", "bfloat16", "weights"): HUGE,
     ("glm_moe_dsa", "bias_fp32_where_bf16_expected", "bfloat16", "order"): HUGE,
+    ("granitemoe_swa", "all_negative_logits", "bfloat16", "weights"): ONE_ROW,
+    ("granitemoe_swa", "all_negative_logits", "bfloat16", "order"): ONE_ROW,
     ("hunyuan_v1_moe", "logits_bf16", "bfloat16", "weights"): ROUNDED,
     ("jetmoe", "router_quantised", "bfloat16", "order"): ROUNDED,
     ("laguna", "scores_bf16", "bfloat16", "weights"): ROUNDED,
