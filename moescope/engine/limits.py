@@ -53,6 +53,25 @@ class Limits:
                     yield from self._misfits(item)
 
 
+def honouring(
+    operators: tuple[type, ...],
+    honoured: Mapping[type, str],
+    words: Mapping[tuple[type, str], str],
+) -> Limits:
+    """Limits told by what is honoured: of each class the fields, and of a field some values, both
+    as words with spaces between. A field that nobody names is not covered, so a new one is not."""
+
+    def only(kind: type, names: str) -> dict[str, tuple[Any, ...]]:
+        known = names.split()
+        others: dict[str, tuple[Any, ...]] = {
+            f.name: () for f in fields(kind) if f.name not in known
+        }
+        some = {name: tuple(text.split()) for (of, name), text in words.items() if of is kind}
+        return {**others, **some}
+
+    return Limits(operators, {kind: only(kind, names) for kind, names in honoured.items()})
+
+
 TORCH = Limits(
     (
         Attention,

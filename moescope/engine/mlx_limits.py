@@ -8,12 +8,11 @@ are. Imports no mlx.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
 from moescope.engine.decoder import Branch, DecoderSpec, Layer
 from moescope.engine.families import forms
 from moescope.engine.families.plans import Piece, Placement
-from moescope.engine.limits import Limits
+from moescope.engine.limits import honouring
 from moescope.engine.operators import (
     MLA,
     MLP,
@@ -123,14 +122,7 @@ KEPT = {
 }
 
 
-def _only(kind: type, honoured: str) -> dict[str, tuple[Any, ...]]:
-    names = honoured.split()
-    others: dict[str, tuple[Any, ...]] = {f.name: () for f in fields(kind) if f.name not in names}
-    words = {name: tuple(text.split()) for (of, name), text in WORDS.items() if of is kind}
-    return {**others, **words}
-
-
-MLX = Limits(OPERATORS, {kind: _only(kind, names) for kind, names in HONOURED.items()})
+MLX = honouring(OPERATORS, HONOURED, WORDS)
 
 
 def refuse_unsupported(spec: DecoderSpec) -> None:

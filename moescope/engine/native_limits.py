@@ -7,11 +7,11 @@ decoder whose branches or head ask for more does not run in C at all. Imports no
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moescope.engine.decoder import Branch, DecoderSpec, Layer
-from moescope.engine.limits import Limits
+from moescope.engine.limits import honouring
 from moescope.engine.operators import MLA, MLP, Attention, Experts, MoE, Norm, Operator, Pass, Rope
 from moescope.kernels.spec import RouterSpec, RouterWiring
 
@@ -67,14 +67,7 @@ _WORDS: dict[tuple[type, str], str] = {
 }
 
 
-def _only(kind: type, honoured: str) -> dict[str, tuple[Any, ...]]:
-    names = honoured.split()
-    others: dict[str, tuple[Any, ...]] = {f.name: () for f in fields(kind) if f.name not in names}
-    words = {name: tuple(text.split()) for (of, name), text in _WORDS.items() if of is kind}
-    return {**others, **words}
-
-
-NATIVE = Limits(_OPERATORS, {kind: _only(kind, names) for kind, names in _HONOURED.items()})
+NATIVE = honouring(_OPERATORS, _HONOURED, _WORDS)
 
 
 def why_not_native(spec: DecoderSpec) -> str:

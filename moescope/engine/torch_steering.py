@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moescope.engine.torch_operators import DTYPES
 from moescope.kernels.spec import RouterSpec, Routing
 from moescope.kernels.torch_ops import route_torch
 from moescope.variants.steering import Steering
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROWS = ("expert_ids", "scores", "weights")  # [R, K]; the others are [R]
 _NUMBERS = ("score_sum", "mass", "entropy", "margin", "runner_up")
 
@@ -46,7 +46,7 @@ def steered(logits: Tensor, spec: RouterSpec, steering: Steering, router: Any) -
         for expert, factor in steering.scale:
             factors[expert] = factor
         scaled = weights * factors[ids.clamp(min=0).long()]
-        weights = scaled.to(_DTYPES[spec.wiring.combine_dtype]).float()
+        weights = scaled.to(DTYPES[spec.wiring.combine_dtype]).float()
     valid = torch.isfinite(routing.score_sum)
     total = torch.where(valid, weights.sum(-1), routing.score_sum)
     return replace(routing, expert_ids=ids, weights=weights, score_sum=total)
@@ -87,7 +87,7 @@ def _above(routing: Routing, share: float, spec: RouterSpec) -> tuple[Tensor, Te
         left = weights.sum(-1, keepdim=True)
         before = routing.weights.sum(-1, keepdim=True)
         weights = torch.where(left != 0, weights * (before / left), weights)
-        weights = weights.to(_DTYPES[spec.wiring.combine_dtype]).float()
+        weights = weights.to(DTYPES[spec.wiring.combine_dtype]).float()
     return weights, torch.where(kept, routing.expert_ids, -1)
 
 

@@ -10,8 +10,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from moescope.engine import mlx_limits
-from moescope.engine.limits import Limits
+from moescope.engine.limits import honouring
 from moescope.engine.mlx_limits import HONOURED, MLX, OPERATORS, WORDS, refuse_unsupported
 from moescope.engine.operators import Attention
 from moescope.errors import MoescopeError
@@ -89,7 +88,7 @@ def test_a_field_or_a_word_nobody_named_is_refused(folder: Path) -> None:
     clipped = spec_of(BY_FAMILY["olmoe"][1])
     fewer = HONOURED[Attention].replace("clip_qkv", "")
     assert MLX.first(clipped) is None
-    narrow = Limits(OPERATORS, {Attention: mlx_limits._only(Attention, fewer)})
+    narrow = honouring(OPERATORS, {Attention: fewer}, WORDS)
     assert narrow.first(clipped) == ("Attention.clip_qkv", 0.75)
     layer = clipped.layers[0]
     odd = replace(layer.branches[0], operator=replace(layer.branches[0].operator, gate="tanh"))
